@@ -1,0 +1,489 @@
+"""From a model, an exported program, a Dynamo graph or any ``fx.GraphModule`` to the IR.
+
+``capture`` is the public entry: it returns a canonicalized ``GraphModule`` that is called like the
+model and whose parameters are the model's own. ``capture_fx`` traces a graph that already exists
+(the ``torch.compile`` backend uses it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import operator
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from . import ir
+from .errors import CaptureError
+from .functionalize import functionalize
+from .report import Site
+
+aten = torch.ops.aten
+
+# ---------------------------------------------------------------------------------------------
+# Public entry
+
+
+def capture(
+    model: Callable | torch.export.ExportedProgram | fx.GraphModule,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic: bool = True,
+    canonical: bool = True,
+) -> fx.GraphModule:
+    """Capture ``model`` as one pre-dispatch ATen graph with its norms recognized.
+
+    Args:
+        model: a module, a plain callable, an ``ExportedProgram`` or an ``fx.GraphModule``.
+        args, kwargs: example inputs, as the user would call the model. Not needed for an exported
+            program.
+        dynamic: keep the tensor dims symbolic where the model allows it.
+        canonical: also rewrite every spelling of a norm into the vocabulary.
+
+    Returns:
+        A ``GraphModule`` called like the model (same signature, same output structure). Its
+        parameters and buffers are the model's own objects, under their own names. Extra facts are
+        in ``gm.meta["near_misses"]`` (sites that are almost norms).
+
+    Raises:
+        CaptureError: the model cannot be captured; says what and where.
+    """
+    args = _checked_args(args)
+    kwargs = dict(kwargs or {})
+    if isinstance(model, torch.export.ExportedProgram):
+        gm = from_exported(model)
+    elif isinstance(model, nn.Module):
+        gm = from_exported(export(model, args, kwargs, dynamic=dynamic))
+    elif callable(model):
+        gm = from_exported(export(_FunctionModule(model), args, kwargs, dynamic=dynamic))
+    else:
+        raise CaptureError(
+            f"expected a module, a callable, an ExportedProgram or a GraphModule, got {type(model)}"
+        )
+    finish(gm, canonical=canonical)
+    return gm
+
+
+def finish(gm: fx.GraphModule, *, canonical: bool = True) -> list[Site]:
+    """Common tail of every capture: functionalize, recognize, check."""
+    functionalize(gm)
+    sites: list[Site] = []
+    if canonical:
+        from .canonical import canonicalize
+
+        sites = canonicalize(gm)
+        gm.meta["near_misses"] = sites
+    ir.check(gm)
+    gm.recompile()
+    return sites
+
+
+def _checked_args(args: Any) -> tuple:
+    if isinstance(args, torch.Tensor):
+        raise CaptureError("args must be a tuple of the model's positional arguments, got a tensor")
+    if not isinstance(args, Sequence) or isinstance(args, str):
+        raise CaptureError(f"args must be a tuple of positional arguments, got {type(args)}")
+    return tuple(args)
+
+
+class _FunctionModule(nn.Module):
+    """A plain function as a module, keeping its signature (``torch.export`` wants a module)."""
+
+    def __init__(self, function: Callable) -> None:
+        super().__init__()
+        self.function = function
+        with contextlib.suppress(TypeError, ValueError):
+            self.__signature__ = inspect.signature(function)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------
+# torch.export
+
+_UNSUPPORTED_LAYOUTS = "sparse, quantized, nested and meta tensors are not supported"
+
+
+def _check_inputs(args: tuple, kwargs: dict[str, Any]) -> None:
+    for path, leaf in pytree.tree_flatten_with_path((args, kwargs))[0]:
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        name = pytree.keystr(path)
+        if leaf.layout is not torch.strided or leaf.is_quantized or leaf.is_nested:
+            raise CaptureError(f"input {name}: {_UNSUPPORTED_LAYOUTS} (layout {leaf.layout})")
+        if leaf.is_meta:
+            raise CaptureError(f"input {name} is a meta tensor: {_UNSUPPORTED_LAYOUTS}")
+
+
+def _register_cache_pytrees() -> None:
+    """Teach pytree the cache objects of ``transformers``, if that library is in use."""
+    if "transformers" not in sys.modules:
+        return
+    try:
+        from transformers.integrations import executorch
+    except Exception:
+        return
+    register = getattr(executorch, "register_dynamic_cache_export_support", None)
+    if register is None:
+        return
+    with contextlib.suppress(ValueError):  # registered already, by the user or by us
+        register()
+
+
+def export(
+    model: nn.Module, args: tuple, kwargs: dict[str, Any], *, dynamic: bool = True
+) -> torch.export.ExportedProgram:
+    """``torch.export`` with automatic dynamic dims, falling back to static ones and strict mode."""
+    _check_inputs(args, kwargs)
+    _register_cache_pytrees()
+    attempts: list[tuple[bool, bool]] = [(True, False)] if dynamic else []
+    attempts += [(False, False), (False, True)]
+    errors: list[str] = []
+    for use_dynamic, strict in attempts:
+        shapes = _auto_dims(args, kwargs) if use_dynamic else None
+        try:
+            with _quiet():
+                return torch.export.export(
+                    model, args, kwargs, dynamic_shapes=shapes, strict=strict
+                )
+        except Exception as error:
+            if isinstance(error, (TypeError, ValueError)) and not errors:
+                _raise_if_call_fails(model, args, kwargs)
+            how = "dynamic" if use_dynamic else ("strict" if strict else "static")
+            errors.append(f"{how}: {type(error).__name__}: {_first_lines(error)}")
+    raise CaptureError(
+        f"{type(model).__name__} could not be captured as one graph.\n  " + "\n  ".join(errors)
+    )
+
+
+def _raise_if_call_fails(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """If the arguments do not even fit the model's signature, say that and nothing else."""
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise CaptureError(f"{type(model).__name__}.forward: {error}") from None
+
+
+def _first_lines(error: BaseException, n: int = 3) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " | ".join(lines[:n])[:400]
+
+
+def _auto_dims(args: tuple, kwargs: dict[str, Any]) -> Any:
+    def dims(x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            return {i: torch.export.Dim.AUTO for i in range(x.dim())}
+        return None
+
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    if any(not isinstance(x, torch.Tensor) and x is not None for x in flat):
+        # python scalars inside containers stay constants
+        pass
+    built_args, built_kwargs = pytree.tree_unflatten([dims(x) for x in flat], spec)
+    # torch.export wants one mapping per parameter name, or a tuple when only args are given
+    return _shapes_by_structure(args, kwargs, dims) if kwargs else built_args
+
+
+def _shapes_by_structure(args: tuple, kwargs: dict[str, Any], dims: Callable) -> Any:
+    from torch.export import ShapesCollection
+
+    shapes = ShapesCollection()
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, torch.Tensor) and leaf.dim():
+            shapes[leaf] = dims(leaf)
+    return shapes
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    import logging
+    import warnings
+
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def from_exported(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """An exported program as IR: weights become attributes under their names, called like the model."""
+    verifier = getattr(program, "dialect", "TRAINING")
+    if verifier not in ("TRAINING", "ATEN", ""):
+        raise CaptureError(f"exported program of dialect {verifier!r} is not pre-dispatch ATen")
+    module = program.module(check_guards=False)
+    gm = fx.GraphModule(nn.Module(), fx.Graph())
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    persistent = set(module.state_dict(keep_vars=True))
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    leaves: dict[int, fx.Node] = {}
+    in_names = iter(_input_names(program))
+    mode = None
+    for node in program.graph.nodes:
+        v = node.meta.get("val")
+        if isinstance(v, torch._subclasses.FakeTensor):
+            mode = v.fake_mode
+            break
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            value = _attribute(module, node.target)
+            if isinstance(value, nn.Module) or not isinstance(value, torch.Tensor):
+                _set_attribute(gm, node.target, value)
+                env[node] = graph.get_attr(node.target)
+                env[node].meta = dict(node.meta)
+                continue
+            if id(value) in leaves:  # a tie: one node for one tensor
+                env[node] = leaves[id(value)]
+                continue
+            new = _leaf(graph, gm, node, value, parameters, buffers, persistent, mode)
+            env[node] = leaves[id(value)] = new
+            continue
+        if node.op == "call_function" and node.target is aten._assert_tensor_metadata.default:
+            continue  # would count as a reader of every cast tensor
+        new = graph.node_copy(node, lambda n: env[n])
+        env[node] = new
+        if node.op == "placeholder":
+            new.meta["kind"] = "input"
+            new.meta["fqn"] = next(in_names, node.name)
+    graph._codegen = module.graph._codegen
+    gm.graph = graph
+    _rename_provenance(gm)
+    for name, tensor in (*parameters.items(), *buffers.items()):
+        if not _has_attribute(gm, name):
+            _set_attribute(gm, name, tensor, persistent=name in persistent)
+    gm.train(module.training)
+    gm.meta["range_constraints"] = {str(k): str(v) for k, v in program.range_constraints.items()}
+    _drop_dead_lifts(gm)
+    return gm
+
+
+def _input_names(program: torch.export.ExportedProgram) -> list[str]:
+    return list(program.graph_signature.user_inputs)
+
+
+def _leaf(
+    graph: fx.Graph,
+    gm: fx.GraphModule,
+    node: fx.Node,
+    value: torch.Tensor,
+    parameters: dict[str, nn.Parameter],
+    buffers: dict[str, torch.Tensor],
+    persistent: set[str],
+    mode: Any,
+) -> fx.Node:
+    name = node.target
+    kind = "param" if name in parameters else "buffer" if name in buffers else "constant"
+    _set_attribute(gm, name, value, persistent=name in persistent)
+    new = graph.get_attr(name)
+    new.meta = dict(node.meta)
+    if "val" not in new.meta:
+        new.meta["val"] = value if mode is None else mode.from_tensor(value, static_shapes=True)
+    new.meta["kind"], new.meta["fqn"] = kind, name
+    return new
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    for part in path.split("."):
+        module = getattr(module, part)
+    return module
+
+
+def _has_attribute(module: nn.Module, path: str) -> bool:
+    try:
+        _attribute(module, path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _set_attribute(module: nn.Module, path: str, value: Any, *, persistent: bool = True) -> None:
+    *parents, last = path.split(".")
+    for part in parents:
+        child = getattr(module, part, None)
+        if not isinstance(child, nn.Module):
+            child = nn.Module()
+            module.add_module(part, child)
+        module = child
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(last, value)
+    elif isinstance(value, torch.Tensor):
+        module.register_buffer(last, value, persistent=persistent)
+    elif isinstance(value, nn.Module):
+        module.add_module(last, value)
+    else:
+        setattr(module, last, value)
+
+
+def _drop_dead_lifts(gm: fx.GraphModule) -> None:
+    """``lift_fresh_copy`` + ``detach_`` of a constant is how export spells a literal tensor."""
+    for node in list(gm.graph.nodes):
+        if ir.is_call(node, aten.detach_.default) and ir.is_call(
+            node.args[0], aten.lift_fresh_copy.default
+        ):
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
+
+
+# ---------------------------------------------------------------------------------------------
+# Existing fx graphs (Dynamo's among them)
+
+
+class _Retrace(fx.Interpreter):
+    """Runs a graph under ``make_fx`` so that provenance of each source node is kept."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_function" and isinstance(n.target, torch._ops.HigherOrderOperator):
+            raise CaptureError(f"the graph holds the higher-order op {n.target}")
+        return super().run_node(n)
+
+
+def capture_fx(gm: fx.GraphModule, fakes: Sequence[Any], *, fake_mode: Any) -> fx.GraphModule:
+    """Retrace an fx graph to pre-dispatch ATen, keeping module paths and stack traces.
+
+    Args:
+        gm: graph with flat placeholders (Dynamo's form).
+        fakes: one fake tensor, SymInt or constant per placeholder.
+        fake_mode: the mode of the fake tensors; its symbolic sizes are kept.
+
+    The placeholders of the result correspond one to one to those of ``gm``. ``kind`` and ``fqn`` of
+    each are set by the caller (:func:`mark_dynamo_leaves`).
+
+    Raises:
+        CaptureError: the graph holds something that cannot be retraced (a higher-order op).
+    """
+
+    def run(*inputs: Any) -> Any:
+        with fx.traceback.preserve_node_meta():
+            return _Retrace(gm).run(*inputs)
+
+    with fake_mode:
+        traced = make_fx(run, pre_dispatch=True)(*fakes)
+    for new, value in zip(
+        (n for n in traced.graph.nodes if n.op == "placeholder"), fakes, strict=True
+    ):
+        new.meta.setdefault("val", value)
+        new.meta["kind"] = "input"
+    _mark_constants(traced, fake_mode)
+    for node in list(traced.graph.nodes):
+        if ir.is_call(node, aten._assert_tensor_metadata.default):
+            traced.graph.erase_node(node)
+    _drop_dead_lifts(traced)
+    _rename_provenance(traced)
+    return traced
+
+
+def _mark_constants(gm: fx.GraphModule, mode: Any) -> None:
+    """Tensors that tracing lifted into attributes are constants; give them fake values."""
+    for node in gm.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        value = _attribute(gm, node.target)
+        if isinstance(value, torch.Tensor):
+            node.meta.setdefault("kind", "constant")
+            node.meta.setdefault("fqn", node.target)
+            if not isinstance(node.meta.get("val"), torch.Tensor):
+                node.meta["val"] = mode.from_tensor(value, static_shapes=True)
+
+
+_INDEX = re.compile(r"""\[(?:'([^']*)'|"([^"]*)"|(\d+))\]""")
+_CONTAINERS = frozenset({"_modules", "_parameters", "_buffers"})
+
+
+def clean_path(path: str) -> str:
+    """``L['self'].transformer.h[0]._modules['ln_1']`` → ``transformer.h.0.ln_1``."""
+    dotted = _INDEX.sub(lambda m: "." + next(g for g in m.groups() if g is not None), path)
+    parts = [p for p in dotted.split(".") if p]
+    if parts and parts[0] in ("L", "G"):
+        parts = parts[2:]
+    return ".".join(p for p in parts if p not in _CONTAINERS)
+
+
+def _rename_provenance(gm: fx.GraphModule) -> None:
+    for node in gm.graph.nodes:
+        if node.op != "call_function":
+            continue
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            node.meta["module"] = clean_path(str(list(stack.values())[-1][0]))
+        trace = node.meta.get("stack_trace")
+        if trace:
+            node.meta["where"] = user_frame(trace)
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
+_TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
+_OWN_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_OWN_ROOMS = tuple(_OWN_DIR + room + os.sep for room in ("passes", "runtime", "optim"))
+
+
+def user_frame(trace: str) -> str:
+    """``file:line`` of the innermost frame that is neither torch's nor ours.
+
+    Files below the current directory are given relative to it; library files by their package path.
+    """
+    frames = _FRAME.findall(trace)
+    for file, line, _ in reversed(frames):
+        if not file.startswith((_TORCH_DIR, *_OWN_ROOMS, "<")):
+            return f"{_short_file(file)}:{line}"
+    return f"{_short_file(frames[-1][0])}:{frames[-1][1]}" if frames else ""
+
+
+def _short_file(file: str) -> str:
+    for marker in ("site-packages" + os.sep, "dist-packages" + os.sep):
+        if marker in file:
+            return file.split(marker, 1)[1]
+    with contextlib.suppress(ValueError):
+        relative = os.path.relpath(file)
+        if not relative.startswith(".."):
+            return relative
+    return file
+
+
+def mark_dynamo_leaves(source: fx.GraphModule, traced: fx.GraphModule) -> None:
+    """Copy what Dynamo knows of each placeholder, and say which are parameters and buffers.
+
+    Dynamo lifts parameters to placeholders whose source ends in a module's ``_parameters`` or
+    ``_buffers`` entry. The AOT stage reads ``_dynamo_source`` and ``tensor_dict`` (static inputs).
+    """
+    old = [n for n in source.graph.nodes if n.op == "placeholder"]
+    new = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    for a, b in zip(old, new, strict=True):
+        b.meta = {**{k: v for k, v in a.meta.items() if k != "example_value"}, **b.meta}
+        dynamo_source = getattr(a, "_dynamo_source", None)
+        if dynamo_source is not None:
+            b._dynamo_source = dynamo_source
+        if not isinstance(b.meta.get("val"), torch.Tensor):
+            b.meta["kind"], b.meta["fqn"] = "input", a.name
+            continue
+        name = getattr(dynamo_source, "name", "") if dynamo_source is not None else ""
+        name = name() if callable(name) else name
+        if "_parameters" in name:
+            b.meta["kind"] = "param"
+        elif "_buffers" in name:
+            b.meta["kind"] = "buffer"
+        else:
+            b.meta["kind"] = "input"
+        b.meta["fqn"] = clean_path(name) if name else a.name
+
+
+def prune_getitems(gm: fx.GraphModule) -> None:
+    """Drop ``getitem`` nodes nobody reads (left by multi-output replacements)."""
+    for node in reversed(list(gm.graph.nodes)):
+        if node.op == "call_function" and node.target is operator.getitem and not node.users:
+            gm.graph.erase_node(node)

@@ -1,0 +1,379 @@
+"""The pass contract and the pass manager.
+
+A pass looks at a graph site by site. For each site it *plans* (reads only; raises ``Refuse`` with a
+reason) and then *commits* (edits the graph; must not fail). Should a commit fail all the same, the
+manager restores the graph as it was before the pass, bans that site and runs the pass again: the
+user's model is never left half-rewritten.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import fx
+
+from . import ir
+from .errors import NormfuseError, Refuse
+from .report import PassRecord, Report, Site
+
+if TYPE_CHECKING:
+    import sympy
+
+PROMISES = ("exact", "extend", "alter")
+
+#: Environment variables: names of passes to switch off, and the number of site rewrites allowed.
+DISABLE_ENV = "NORMFUSE_DISABLE"
+FUEL_ENV = "NORMFUSE_FUEL"
+
+
+@dataclass
+class Context:
+    """What passes may know besides the graph.
+
+    Attributes:
+        training: the graph will be differentiated; weight expressions stay inline and dropout is
+            active. ``False`` means inference: the weight program runs once.
+        device: device type, for the cost model.
+        policy: ``"always"`` rewrites whatever is exact; ``"pays"`` asks the cost model first.
+        disabled: names of passes that must not run.
+        fuel: number of further site rewrites allowed (``None``: unlimited); for bisection.
+        banned: ``(pass, site key)`` pairs that must be refused (set after a failed commit).
+        options: pass-specific options by pass name.
+    """
+
+    training: bool = False
+    device: str = "cpu"
+    policy: str = "always"
+    disabled: frozenset[str] = frozenset()
+    fuel: int | None = None
+    banned: set[tuple[str, str]] = field(default_factory=set)
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    #: every rewrite in order, as (pass, site key): what bisection searches
+    journal: list[tuple[str, str]] = field(default_factory=list)
+    #: scratch space shared by the passes of one run, e.g. the residual-stream analysis
+    cache: dict[str, Any] = field(default_factory=dict)
+
+    def fold_dtype(self, *dtypes: torch.dtype) -> torch.dtype:
+        """The dtype in which weights of ``dtypes`` are combined before one final rounding.
+
+        float64 when the weight program runs once, else the promoted accumulation dtype.
+        """
+        if not self.training:
+            return torch.float64
+        out = torch.float32
+        for d in dtypes:
+            if d.is_floating_point and d not in (torch.float16, torch.bfloat16):
+                out = torch.promote_types(out, d)
+        return out
+
+
+@dataclass
+class PassResult:
+    """Outcome of one pass: ``applied`` site keys and ``(site key, reason)`` refusals."""
+
+    applied: list[str] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    #: predicted savings by site key: (bytes, flops)
+    savings: dict[str, tuple[float, float]] = field(default_factory=dict)
+    #: sites this pass introduced (groups of linears, batch norms…)
+    sites: list[Site] = field(default_factory=list)
+
+    @property
+    def modified(self) -> bool:
+        return bool(self.applied)
+
+
+class CommitFailed(NormfuseError):
+    def __init__(self, pass_name: str, key: str, cause: BaseException) -> None:
+        super().__init__(f"{pass_name} failed while rewriting {key}: {cause!r}")
+        self.pass_name, self.key, self.cause = pass_name, key, cause
+
+
+class Pass:
+    """Base class of all passes.
+
+    A subclass sets ``name`` (snake case) and ``promise`` (one of :data:`PROMISES`), implements
+    :meth:`run`, and if exact, :meth:`identity`. Options are constructor keywords with defaults and
+    must be plain data: they enter :meth:`uuid`.
+    """
+
+    name: ClassVar[str] = ""
+    promise: ClassVar[str] = "exact"
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+
+    @classmethod
+    def identity(cls) -> Sequence[tuple[sympy.Matrix, sympy.Matrix]]:
+        """``(left, right)`` pairs of symbolic matrices whose equality *is* the pass's correctness."""
+        raise NormfuseError(f"{cls.__name__} states no identity")
+
+    def run(self, gm: fx.GraphModule, context: Context) -> PassResult:
+        """Rewrite ``gm`` in place; return what was applied and refused."""
+        raise NotImplementedError
+
+    def uuid(self) -> str:
+        """Stable name of the pass and its options, for compile-cache keys."""
+        text = repr(sorted(self.options.items()))
+        return f"{type(self).__module__}.{type(self).__qualname__}:{text}"
+
+    def __repr__(self) -> str:
+        inner = ", ".join(f"{k}={v!r}" for k, v in sorted(self.options.items()))
+        return f"{type(self).__name__}({inner})"
+
+    # -- helpers for subclasses ---------------------------------------------------------------
+
+    def attempt(
+        self,
+        context: Context,
+        result: PassResult,
+        key: str,
+        plan: Callable[[], Callable[[], None]],
+    ) -> bool:
+        """Plan and commit one site; record the outcome.
+
+        Args:
+            key: the site's key.
+            plan: reads the graph, raises :class:`Refuse`, or returns the commit function.
+
+        Returns:
+            True if the site was rewritten.
+        """
+        if (self.name, key) in context.banned:
+            result.refused.append((key, "an earlier attempt failed and was rolled back"))
+            return False
+        try:
+            commit = plan()
+        except Refuse as refusal:
+            result.refused.append((key, reason_text(refusal)))
+            return False
+        if context.fuel is not None:
+            if context.fuel <= 0:
+                result.refused.append((key, f"out of fuel ({FUEL_ENV})"))
+                return False
+            context.fuel -= 1
+        try:
+            commit()
+        except Exception as error:
+            raise CommitFailed(self.name, key, error) from error
+        result.applied.append(key)
+        context.journal.append((self.name, key))
+        return True
+
+
+def reason_text(refusal: Refuse) -> str:
+    """The refusal's reason with the module path and ``file:line`` of the node that caused it."""
+    node = refusal.node
+    if isinstance(node, fx.Node):
+        return f"{refusal.reason} [{ir.describe(node)}]"
+    return refusal.reason
+
+
+_REGISTRY: dict[str, type[Pass]] = {}
+
+
+def register(cls: type[Pass]) -> type[Pass]:
+    """Class decorator: make a pass known by name (used by presets, options and the docs)."""
+    if not cls.name or cls.promise not in PROMISES:
+        raise NormfuseError(f"{cls.__name__} needs a name and a promise among {PROMISES}")
+    if _REGISTRY.get(cls.name, cls).__qualname__ != cls.__qualname__:
+        raise NormfuseError(f"two passes are called {cls.name!r}")
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def registry() -> dict[str, type[Pass]]:
+    """All known passes by name."""
+    return dict(sorted(_REGISTRY.items()))
+
+
+def snapshot(gm: fx.GraphModule) -> Callable[[], None]:
+    """Remember ``gm``'s graph; the returned function puts it back.
+
+    Only the graph is copied: the fake values in ``meta`` are shared and attributes stay.
+    """
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(gm.graph, env)
+    output = next(n for n in gm.graph.nodes if n.op == "output")
+    new_output = graph.output(result)
+    new_output.meta = copy.copy(output.meta)
+    for old, new in env.items():
+        new.meta = copy.copy(old.meta)
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    graph._codegen = gm.graph._codegen
+
+    def restore() -> None:
+        gm.graph = graph
+
+    return restore
+
+
+def disabled_by_environment() -> frozenset[str]:
+    names = os.environ.get(DISABLE_ENV, "")
+    return frozenset(n.strip() for n in names.split(",") if n.strip())
+
+
+class PassManager:
+    """Runs passes in order on one graph, checks the IR after each, keeps the report.
+
+    Args:
+        passes: pass instances (or classes, or registered names).
+        context: shared by all passes; a fresh default one per run if omitted.
+        verify: compare the graph's float64 results before and after each pass and undo a pass that
+            changes them (see ``passes/verify.py``).
+    """
+
+    def __init__(
+        self,
+        passes: Iterable[Pass | type[Pass] | str],
+        context: Context | None = None,
+        verify: bool = False,
+    ) -> None:
+        self.passes = [_instantiate(p) for p in passes]
+        self.context = context
+        self.verify = verify
+
+    def uuid(self) -> str:
+        """Stable across processes; changes with the passes, their order and their options."""
+        text = "\n".join(p.uuid() for p in self.passes)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def run(
+        self, gm: fx.GraphModule, report: Report | None = None
+    ) -> tuple[fx.GraphModule, Report]:
+        """Rewrite ``gm`` in place; returns it with the report.
+
+        Raises:
+            SpecError: a pass produced illegal IR (the graph is restored first).
+        """
+        context = self.context or Context()
+        if fuel := os.environ.get(FUEL_ENV):
+            context.fuel = int(fuel) if context.fuel is None else context.fuel
+        disabled = context.disabled | disabled_by_environment()
+        unknown = disabled - set(_REGISTRY)
+        if unknown:
+            raise NormfuseError(
+                f"cannot disable unknown passes {sorted(unknown)}; known: {sorted(_REGISTRY)}"
+            )
+        if report is None:
+            report = Report()
+        report.mode = "training" if context.training else "inference"
+        report.device = context.device
+        start = time.perf_counter()
+        _record_sites(gm, report)
+        for p in self.passes:
+            record = PassRecord(p.name, p.promise, disabled=p.name in disabled)
+            report.passes.append(record)
+            if record.disabled:
+                continue
+            t0 = time.perf_counter()
+            result = self._run_one(p, gm, context, report)
+            record.seconds = time.perf_counter() - t0
+            record.applied, record.refused = len(result.applied), len(result.refused)
+            _merge(report, p, result)
+        report.seconds += time.perf_counter() - start
+        gm.recompile()
+        return gm, report
+
+    def _run_one(
+        self, p: Pass, gm: fx.GraphModule, context: Context, report: Report
+    ) -> PassResult:
+        journal, fuel = list(context.journal), context.fuel
+        while True:
+            restore = snapshot(gm)
+
+            def undo(restore: Callable[[], None] = restore) -> None:
+                restore()
+                context.journal[:] = journal
+                context.fuel = fuel
+                context.cache.clear()
+
+            try:
+                result = p.run(gm, context)
+                if result.modified:
+                    context.cache.clear()
+                    ir.stable_sort(gm.graph)
+                    ir.erase_dead(gm)
+                    ir.check(gm)
+            except CommitFailed as failure:
+                undo()
+                context.banned.add((failure.pass_name, failure.key))
+                report.notes.append(f"{failure}; the site was left as it was")
+                continue
+            except Exception:
+                undo()
+                raise
+            if self.verify and result.modified:
+                from .verify import check_pass
+
+                disagreement = check_pass(restore, gm, context)
+                if disagreement is not None:
+                    undo()
+                    culprit = disagreement.site or "every site"
+                    report.notes.append(
+                        f"verification failed after {p.name} at {culprit}: "
+                        f"{disagreement.text}; undone"
+                    )
+                    keys = [disagreement.site] if disagreement.site else result.applied
+                    context.banned.update((p.name, k) for k in keys)
+                    continue
+            return result
+
+
+def _instantiate(p: Pass | type[Pass] | str) -> Pass:
+    if isinstance(p, str):
+        if p not in _REGISTRY:
+            raise NormfuseError(f"no pass is called {p!r}; known: {sorted(_REGISTRY)}")
+        p = _REGISTRY[p]
+    return p() if isinstance(p, type) else p
+
+
+def _record_sites(gm: fx.GraphModule, report: Report) -> None:
+    known = {s.key for s in report.sites}
+    for node in ir.norm_nodes(gm):
+        key = node.meta.get("site")
+        if key is None or key in known:
+            continue
+        known.add(key)
+        x = ir.NormArgs(node).x
+        report.sites.append(
+            Site(
+                key=key,
+                kind=node.target._schema.name.split("::")[1],
+                module=ir.module_path(node),
+                spelling=node.meta.get("spelling", ""),
+                where=ir.where(node),
+                shape="×".join(str(s) for s in ir.shape(x)),
+                dtype=str(ir.dtype(x)).removeprefix("torch."),
+            )
+        )
+
+
+def _merge(report: Report, p: Pass, result: PassResult) -> None:
+    by_key = {s.key: s for s in report.sites}
+    for site in result.sites:
+        if site.key not in by_key:
+            report.sites.append(site)
+            by_key[site.key] = site
+    for key in result.applied:
+        site = by_key.setdefault(key, Site(key=key, kind="other"))
+        if site not in report.sites:
+            report.sites.append(site)
+        site.applied.append(p.name)
+        saved = result.savings.get(key, (0.0, 0.0))
+        site.bytes_saved += saved[0]
+        site.flops_saved += saved[1]
+    for key, reason in result.refused:
+        site = by_key.setdefault(key, Site(key=key, kind="other"))
+        if site not in report.sites:
+            report.sites.append(site)
+        site.refused.append((p.name, reason))

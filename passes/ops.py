@@ -1,0 +1,336 @@
+"""The norm vocabulary: the few ops that every spelling of a norm is rewritten to.
+
+Each op has one definition, the plain torch function below, registered as a *composite implicit*
+op: autograd, fake tensors, ``vmap``, ``torch.export`` and Inductor all see through it to ATen, in
+any dtype including float64. Kernels for GPUs are separate ops that the runtime substitutes by a
+graph pass, so this file never imports triton.
+
+Cast order is part of an op's contract (design: "the precise cast order of the spelling")::
+
+    h = x.to(stat_dtype)                   # the statistic and the scaling happen in stat_dtype
+    y = h * rsqrt(mean(h², dims) + eps)    # layer_norm first subtracts mean(h, dims)
+    y = y.to(norm_dtype)                   # rounded here, before the gain
+    y = y * gain ; y = y + bias            # ordinary torch type promotion
+    y = y.to(out_dtype)
+
+``None`` for a dtype means "as it comes" (no cast at that point).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "NORM_OPS",
+    "add_layer_norm",
+    "add_rms_norm",
+    "center",
+    "crms_norm",
+    "gated_rms_norm",
+    "layer_norm",
+    "rms_norm",
+    "row_rstd",
+    "scaled_linear",
+]
+
+_lib = torch.library.Library("normfuse", "DEF")
+
+_NORM_ARGS = (
+    "int[] dims, Tensor? gain=None, Tensor? bias=None, float eps=1e-5, *, "
+    "ScalarType? stat_dtype=None, ScalarType? norm_dtype=None, ScalarType? out_dtype=None"
+)
+
+
+def _opmath(dtype: torch.dtype) -> torch.dtype:
+    """The dtype PyTorch's own norm kernels accumulate in."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _finish(
+    y: Tensor,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    norm_dtype: torch.dtype | None,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    if norm_dtype is not None:
+        y = y.to(norm_dtype)
+    if gain is not None:
+        y = y * gain
+    if bias is not None:
+        y = y + bias
+    return y if out_dtype is None else y.to(out_dtype)
+
+
+def _is_native(
+    x: Tensor,
+    dims: Sequence[int],
+    gain: Tensor | None,
+    bias: Tensor | None,
+    stat_dtype: torch.dtype | None,
+    norm_dtype: torch.dtype | None,
+    out_dtype: torch.dtype | None,
+) -> bool:
+    """True where ``F.layer_norm``/``F.rms_norm`` compute exactly this cast order."""
+    opmath = _opmath(x.dtype)
+    if list(dims) != list(range(-len(dims), 0)):
+        return False
+    if (stat_dtype or x.dtype) != opmath or (norm_dtype or opmath) != opmath:
+        return False
+    if out_dtype is not None and out_dtype != x.dtype:
+        return False
+    if out_dtype is None and opmath != x.dtype:
+        return False
+    shape = tuple(x.shape[x.dim() - len(dims) :])
+    return all(t is None or (t.dtype == x.dtype and tuple(t.shape) == shape) for t in (gain, bias))
+
+
+def layer_norm(
+    x: Tensor,
+    dims: Sequence[int],
+    gain: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    stat_dtype: torch.dtype | None = None,
+    norm_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """LayerNorm (Ba et al., 2016, eq. 4; biased variance, eps inside the root).
+
+    Args:
+        x: ``(..., d)`` floating-point tensor.
+        dims: negative dims that the statistic runs over, ascending, e.g. ``[-1]``.
+        gain, bias: tensors broadcastable to ``x``; may be ``None``.
+        eps: added to the variance inside the square root.
+        stat_dtype, norm_dtype, out_dtype: the cast order, see the module docstring.
+    """
+    if _is_native(x, dims, gain, bias, stat_dtype, norm_dtype, out_dtype) and (
+        gain is not None or bias is None
+    ):
+        return F.layer_norm(x, tuple(x.shape[x.dim() - len(dims) :]), gain, bias, eps)
+    h = x if stat_dtype is None else x.to(stat_dtype)
+    h = h - h.mean(dims, keepdim=True)
+    y = h * torch.rsqrt(h.square().mean(dims, keepdim=True) + eps)
+    return _finish(y, gain, bias, norm_dtype, out_dtype)
+
+
+def rms_norm(
+    x: Tensor,
+    dims: Sequence[int],
+    gain: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    stat_dtype: torch.dtype | None = None,
+    norm_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """RMSNorm (Zhang & Sennrich, 2019, eq. 4). Arguments as for :func:`layer_norm`."""
+    h = x if stat_dtype is None else x.to(stat_dtype)
+    y = h * torch.rsqrt(h.square().mean(dims, keepdim=True) + eps)
+    return _finish(y, gain, bias, norm_dtype, out_dtype)
+
+
+def crms_norm(
+    x: Tensor,
+    gain: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    stat_dtype: torch.dtype | None = None,
+    norm_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Compressed RMSNorm of a zero-mean vector whose last coordinate was dropped.
+
+    ``x`` is ``(..., d-1)``; the dropped coordinate is minus the sum of the others
+    (Jiang et al., "Pre-RMSNorm and Pre-CRMSNorm Transformers", 2023, section 3.2).
+    """
+    h = x if stat_dtype is None else x.to(stat_dtype)
+    total = h.square().sum(-1, keepdim=True) + h.sum(-1, keepdim=True).square()
+    y = h * torch.rsqrt(total / (x.shape[-1] + 1) + eps)
+    return _finish(y, gain, bias, norm_dtype, out_dtype)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    dims: Sequence[int],
+    gain: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    stat_dtype: torch.dtype | None = None,
+    norm_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Residual add and RMSNorm: ``(norm(x + residual), x + residual)``.
+
+    The statistic reads the *rounded* sum, as eager PyTorch does.
+    """
+    stream = x + residual
+    return (
+        rms_norm(
+            stream,
+            dims,
+            gain,
+            bias,
+            eps,
+            stat_dtype=stat_dtype,
+            norm_dtype=norm_dtype,
+            out_dtype=out_dtype,
+        ),
+        stream,
+    )
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    dims: Sequence[int],
+    gain: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    stat_dtype: torch.dtype | None = None,
+    norm_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Residual add and LayerNorm: ``(norm(x + residual), x + residual)``; rounded sum is read."""
+    stream = x + residual
+    return (
+        layer_norm(
+            stream,
+            dims,
+            gain,
+            bias,
+            eps,
+            stat_dtype=stat_dtype,
+            norm_dtype=norm_dtype,
+            out_dtype=out_dtype,
+        ),
+        stream,
+    )
+
+
+def row_rstd(
+    x: Tensor, dims: Sequence[int], eps: float = 1e-6, *, stat_dtype: torch.dtype | None = None
+) -> Tensor:
+    """``rsqrt(mean(x²) + eps)`` over ``dims``, kept dims, in ``stat_dtype``."""
+    h = x if stat_dtype is None else x.to(stat_dtype)
+    return torch.rsqrt(h.square().mean(dims, keepdim=True) + eps)
+
+
+def scaled_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``(x Wᵀ)·scale + bias``: a linear layer whose row scale is applied after the product.
+
+    Args:
+        x: ``(..., in)``; weight: ``(out, in)``; scale: ``(..., 1)``, often float32; bias: ``(out,)``.
+
+    The scale multiplies *before* the bias (FlashNorm, 2024, section 2: deferred normalization).
+    """
+    y = F.linear(x, weight) * scale
+    if bias is not None:
+        y = y + bias
+    return y if out_dtype is None else y.to(out_dtype)
+
+
+def center(x: Tensor, dims: Sequence[int], *, stat_dtype: torch.dtype | None = None) -> Tensor:
+    """``x − mean(x, dims)``, computed in ``stat_dtype`` and returned in ``x``'s dtype."""
+    h = x if stat_dtype is None else x.to(stat_dtype)
+    return (h - h.mean(dims, keepdim=True)).to(x.dtype)
+
+
+def gated_rms_norm(
+    x: Tensor,
+    dims: Sequence[int],
+    gain: Tensor | None,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    eps: float = 1e-6,
+    *,
+    gate_scale: float = 2.0,
+    stat_dtype: torch.dtype | None = None,
+    norm_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """GatedNorm: ``y ⊙ gate_scale·σ(silu(y downᵀ) upᵀ)`` with ``y = rms_norm(x)``.
+
+    ``down`` is ``(r, d)``, ``up`` is ``(d, r)`` ("outlier-driven rescaling", 2026, section 3.4).
+    With ``up = 0`` and ``gate_scale = 2`` the gate is exactly 1 in every dtype.
+    """
+    y = rms_norm(
+        x,
+        dims,
+        gain,
+        bias,
+        eps,
+        stat_dtype=stat_dtype,
+        norm_dtype=norm_dtype,
+        out_dtype=out_dtype,
+    )
+    gate = torch.sigmoid(F.linear(F.silu(F.linear(y, down.to(y.dtype))), up.to(y.dtype)))
+    return y * (gate * gate_scale)
+
+
+_lib.define(f"layer_norm(Tensor x, {_NORM_ARGS}) -> Tensor")
+_lib.define(f"rms_norm(Tensor x, {_NORM_ARGS}) -> Tensor")
+_lib.define(f"add_layer_norm(Tensor x, Tensor residual, {_NORM_ARGS}) -> (Tensor, Tensor)")
+_lib.define(f"add_rms_norm(Tensor x, Tensor residual, {_NORM_ARGS}) -> (Tensor, Tensor)")
+_lib.define(
+    "crms_norm(Tensor x, Tensor? gain=None, Tensor? bias=None, float eps=1e-5, *, "
+    "ScalarType? stat_dtype=None, ScalarType? norm_dtype=None, ScalarType? out_dtype=None) -> Tensor"
+)
+_lib.define(
+    "row_rstd(Tensor x, int[] dims, float eps=1e-6, *, ScalarType? stat_dtype=None) -> Tensor"
+)
+_lib.define(
+    "scaled_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None, *, "
+    "ScalarType? out_dtype=None) -> Tensor"
+)
+_lib.define("center(Tensor x, int[] dims, *, ScalarType? stat_dtype=None) -> Tensor")
+_lib.define(
+    "gated_rms_norm(Tensor x, int[] dims, Tensor? gain, Tensor? bias, Tensor down, Tensor up, "
+    "float eps=1e-6, *, float gate_scale=2.0, ScalarType? stat_dtype=None, "
+    "ScalarType? norm_dtype=None, ScalarType? out_dtype=None) -> Tensor"
+)
+
+_FORMULAS = {
+    f.__name__: f
+    for f in (
+        layer_norm,
+        rms_norm,
+        crms_norm,
+        add_rms_norm,
+        add_layer_norm,
+        row_rstd,
+        scaled_linear,
+        center,
+        gated_rms_norm,
+    )
+}
+for _name, _formula in _FORMULAS.items():
+    _lib.impl(_name, _formula, "CompositeImplicitAutograd")
+
+#: Vocabulary ops that are norms of their first argument, as graph targets.
+NORM_OPS = frozenset(
+    getattr(torch.ops.normfuse, name).default for name in ("layer_norm", "rms_norm", "crms_norm")
+)
+
+
+def formula(target: torch._ops.OpOverload):
+    """The defining formula of a vocabulary op, given its graph target."""
+    return _FORMULAS[target._schema.name.split("::")[1]]
