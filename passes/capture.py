@@ -22,8 +22,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from . import ir
+from .autocast import Autocast, ambient, make_explicit
 from .errors import CaptureError
 from .functionalize import functionalize
+from .inline import inline_regions
 from .report import Site
 
 aten = torch.ops.aten
@@ -69,12 +71,23 @@ def capture(
         raise CaptureError(
             f"expected a module, a callable, an ExportedProgram or a GraphModule, got {type(model)}"
         )
-    finish(gm, canonical=canonical)
+    finish(gm, canonical=canonical, autocast=ambient())
     return gm
 
 
-def finish(gm: fx.GraphModule, *, canonical: bool = True) -> list[Site]:
-    """Common tail of every capture: functionalize, recognize, check."""
+def finish(
+    gm: fx.GraphModule, *, canonical: bool = True, autocast: tuple[Autocast, ...] = ()
+) -> list[Site]:
+    """Common tail of every capture: inline regions, make casts explicit, functionalize, recognize.
+
+    Args:
+        autocast: the autocast settings in force around the captured code. The graph's casts are
+            explicit afterwards: it must run with autocast off.
+    """
+    inline_regions(gm)
+    _rename_provenance(gm)
+    gm.meta["autocast"] = autocast
+    gm.meta["explicit_autocast"] = make_explicit(gm, autocast)
     functionalize(gm)
     sites: list[Site] = []
     if canonical:
@@ -179,28 +192,11 @@ def _first_lines(error: BaseException, n: int = 3) -> str:
     return " | ".join(lines[:n])[:400]
 
 
-def _auto_dims(args: tuple, kwargs: dict[str, Any]) -> Any:
-    def dims(x: Any) -> Any:
-        if isinstance(x, torch.Tensor):
-            return {i: torch.export.Dim.AUTO for i in range(x.dim())}
-        return None
-
-    flat, spec = pytree.tree_flatten((args, kwargs))
-    if any(not isinstance(x, torch.Tensor) and x is not None for x in flat):
-        # python scalars inside containers stay constants
-        pass
-    built_args, built_kwargs = pytree.tree_unflatten([dims(x) for x in flat], spec)
-    # torch.export wants one mapping per parameter name, or a tuple when only args are given
-    return _shapes_by_structure(args, kwargs, dims) if kwargs else built_args
-
-
-def _shapes_by_structure(args: tuple, kwargs: dict[str, Any], dims: Callable) -> Any:
-    from torch.export import ShapesCollection
-
-    shapes = ShapesCollection()
+def _auto_dims(args: tuple, kwargs: dict[str, Any]) -> torch.export.ShapesCollection:
+    shapes = torch.export.ShapesCollection()
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, torch.Tensor) and leaf.dim():
-            shapes[leaf] = dims(leaf)
+            shapes[leaf] = {i: torch.export.Dim.AUTO for i in range(leaf.dim())}
     return shapes
 
 
@@ -244,7 +240,7 @@ def from_exported(program: torch.export.ExportedProgram) -> fx.GraphModule:
         if node.op == "get_attr":
             value = _attribute(module, node.target)
             if isinstance(value, nn.Module) or not isinstance(value, torch.Tensor):
-                _set_attribute(gm, node.target, value)
+                set_attribute(gm, node.target, value)
                 env[node] = graph.get_attr(node.target)
                 env[node].meta = dict(node.meta)
                 continue
@@ -263,10 +259,9 @@ def from_exported(program: torch.export.ExportedProgram) -> fx.GraphModule:
             new.meta["fqn"] = next(in_names, node.name)
     graph._codegen = module.graph._codegen
     gm.graph = graph
-    _rename_provenance(gm)
     for name, tensor in (*parameters.items(), *buffers.items()):
         if not _has_attribute(gm, name):
-            _set_attribute(gm, name, tensor, persistent=name in persistent)
+            set_attribute(gm, name, tensor, persistent=name in persistent)
     gm.train(module.training)
     gm.meta["range_constraints"] = {str(k): str(v) for k, v in program.range_constraints.items()}
     _drop_dead_lifts(gm)
@@ -289,7 +284,7 @@ def _leaf(
 ) -> fx.Node:
     name = node.target
     kind = "param" if name in parameters else "buffer" if name in buffers else "constant"
-    _set_attribute(gm, name, value, persistent=name in persistent)
+    set_attribute(gm, name, value, persistent=name in persistent)
     new = graph.get_attr(name)
     new.meta = dict(node.meta)
     if "val" not in new.meta:
@@ -312,7 +307,7 @@ def _has_attribute(module: nn.Module, path: str) -> bool:
     return True
 
 
-def _set_attribute(module: nn.Module, path: str, value: Any, *, persistent: bool = True) -> None:
+def set_attribute(module: nn.Module, path: str, value: Any, *, persistent: bool = True) -> None:
     *parents, last = path.split(".")
     for part in parents:
         child = getattr(module, part, None)
@@ -384,7 +379,6 @@ def capture_fx(gm: fx.GraphModule, fakes: Sequence[Any], *, fake_mode: Any) -> f
         if ir.is_call(node, aten._assert_tensor_metadata.default):
             traced.graph.erase_node(node)
     _drop_dead_lifts(traced)
-    _rename_provenance(traced)
     return traced
 
 

@@ -59,6 +59,10 @@ class Context:
     journal: list[tuple[str, str]] = field(default_factory=list)
     #: scratch space shared by the passes of one run, e.g. the residual-stream analysis
     cache: dict[str, Any] = field(default_factory=dict)
+    #: facts that stay true whatever is rewritten (the float64 results of the original graph)
+    facts: dict[str, Any] = field(default_factory=dict)
+    #: float64 disagreement measured after each verified pass
+    errors: list[float] = field(default_factory=list)
 
     def fold_dtype(self, *dtypes: torch.dtype) -> torch.dtype:
         """The dtype in which weights of ``dtypes`` are combined before one final rounding.
@@ -194,27 +198,29 @@ def registry() -> dict[str, type[Pass]]:
     return dict(sorted(_REGISTRY.items()))
 
 
-def snapshot(gm: fx.GraphModule) -> Callable[[], None]:
-    """Remember ``gm``'s graph; the returned function puts it back.
+class Snapshot:
+    """A remembered graph; each call puts a fresh copy of it back."""
 
-    Only the graph is copied: the fake values in ``meta`` are shared and attributes stay.
-    """
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm, self.graph = gm, copy_graph(gm.graph)
+
+    def __call__(self) -> None:
+        self.gm.graph = copy_graph(self.graph)
+
+
+def copy_graph(source: fx.Graph) -> fx.Graph:
+    """A copy of a graph with its facts. Fake values are shared, modules stay where they are."""
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
-    result = graph.graph_copy(gm.graph, env)
-    output = next(n for n in gm.graph.nodes if n.op == "output")
-    new_output = graph.output(result)
-    new_output.meta = copy.copy(output.meta)
+    result = graph.graph_copy(source, env)
+    output = next(n for n in reversed(source.nodes) if n.op == "output")
+    graph.output(result).meta = copy.copy(output.meta)
     for old, new in env.items():
         new.meta = copy.copy(old.meta)
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
-    graph._codegen = gm.graph._codegen
-
-    def restore() -> None:
-        gm.graph = graph
-
-    return restore
+    graph._codegen = source._codegen
+    return graph
 
 
 def disabled_by_environment() -> frozenset[str]:
@@ -289,10 +295,10 @@ class PassManager:
     ) -> PassResult:
         journal, fuel = list(context.journal), context.fuel
         while True:
-            restore = snapshot(gm)
+            before = Snapshot(gm)
 
-            def undo(restore: Callable[[], None] = restore) -> None:
-                restore()
+            def undo(before: Snapshot = before) -> None:
+                before()
                 context.journal[:] = journal
                 context.fuel = fuel
                 context.cache.clear()
@@ -315,18 +321,46 @@ class PassManager:
             if self.verify and result.modified:
                 from .verify import check_pass
 
-                disagreement = check_pass(restore, gm, context)
+                disagreement = check_pass(before.graph, gm, context)
                 if disagreement is not None:
                     undo()
-                    culprit = disagreement.site or "every site"
+                    culprit = self._culprit(p, gm, context, result.applied, undo)
+                    report.failed_verification = True
                     report.notes.append(
-                        f"verification failed after {p.name} at {culprit}: "
-                        f"{disagreement.text}; undone"
+                        f"verification failed after {p.name} at {culprit}: {disagreement}; undone"
                     )
-                    keys = [disagreement.site] if disagreement.site else result.applied
-                    context.banned.update((p.name, k) for k in keys)
+                    context.banned.add((p.name, culprit))
                     continue
             return result
+
+    def _culprit(
+        self,
+        p: Pass,
+        gm: fx.GraphModule,
+        context: Context,
+        applied: list[str],
+        undo: Callable[[], None],
+    ) -> str:
+        """The site whose rewrite changes the numbers: bisect over how many sites are rewritten."""
+        from .verify import check_pass
+
+        fuel = context.fuel
+        good, bad = 0, len(applied)
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            before = Snapshot(gm)
+            context.fuel = middle
+            try:
+                p.run(gm, context)
+                ir.stable_sort(gm.graph)
+                ir.erase_dead(gm)
+                wrong = check_pass(before.graph, gm, context) is not None
+            finally:
+                before()
+                undo()
+            good, bad = (good, middle) if wrong else (middle, bad)
+        context.fuel = fuel
+        return applied[bad - 1]
 
 
 def _instantiate(p: Pass | type[Pass] | str) -> Pass:

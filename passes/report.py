@@ -71,6 +71,8 @@ class Report:
         device: device type the cost model was asked about.
         notes: sentences about the whole (fallbacks, graph breaks, memory cost of folded weights).
         streams: drawings of the residual streams as ``{"name", "text", "svg"}``.
+        weight_bytes: memory taken by folded copies of weights.
+        failed_verification: a pass was undone because its numbers disagreed (see ``notes``).
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -83,6 +85,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     streams: list[dict[str, str]] = field(default_factory=list)
     weight_bytes: int = 0
+    failed_verification: bool = False
 
     def site(self, key: str, **facts: Any) -> Site:
         """The site called ``key``, created with ``facts`` if it is new."""

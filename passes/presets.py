@@ -1,0 +1,63 @@
+"""Named lists of passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from .errors import NormfuseError
+from .manager import Pass, registry
+
+#: Order matters: affines fold first, means go next, then the row scale moves, then linears merge.
+PRESETS: dict[str, tuple[str, ...]] = {
+    "exact": (
+        "fold_batch_norm",
+        "fold_static_scale",
+        "fold_affine",
+        "remove_mean",
+        "defer_scale",
+        "merge_linears",
+        "fuse_residual_norm",
+    ),
+    "canonical": (),
+    "rotation_ready": ("fold_static_scale", "fold_affine", "remove_mean"),
+}
+
+
+def resolve(passes: str | Iterable[Any]) -> list[Pass]:
+    """Pass instances for a preset's name or a list of passes, classes or registered names.
+
+    Raises:
+        NormfuseError: unknown preset or pass.
+    """
+    from . import exact  # noqa: F401  (registers the passes)
+
+    known = registry()
+    if isinstance(passes, str):
+        if passes not in PRESETS:
+            if passes in known:
+                return [known[passes]()]
+            raise NormfuseError(
+                f"no preset or pass is called {passes!r}; presets: {sorted(PRESETS)}, "
+                f"passes: {sorted(known)}"
+            )
+        options = {"fold_affine": {"copy_tied": True}} if passes == "rotation_ready" else {}
+        return [known[name](**options.get(name, {})) for name in PRESETS[passes] if name in known]
+    out: list[Pass] = []
+    for p in passes:
+        if isinstance(p, str):
+            if p not in known:
+                raise NormfuseError(f"no pass is called {p!r}; known: {sorted(known)}")
+            out.append(known[p]())
+        elif isinstance(p, type) and issubclass(p, Pass):
+            out.append(p())
+        elif isinstance(p, Pass):
+            out.append(p)
+        else:
+            raise NormfuseError(f"expected a pass, a pass class or a name, got {p!r}")
+    return out
+
+
+def policy_of(passes: str | Iterable[Any]) -> str:
+    """The cost policy a preset implies: asking for rotation readiness means regardless of speed."""
+    return "pays" if passes == "exact" else "always"

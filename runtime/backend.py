@@ -1,0 +1,285 @@
+"""``torch.compile(model, backend="normfuse")``.
+
+Dynamo's graph → pre-dispatch ATen → norms recognized → exact passes that pay → lowering → Inductor.
+Where nothing pays, Inductor gets Dynamo's graph untouched, so nothing can be lost. Where anything of
+ours fails, the same happens, with one warning (``strict=True`` raises instead).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import TracingContext
+
+from ..passes.autocast import ambient, disabled
+from ..passes.capture import capture_fx, finish, mark_dynamo_leaves
+from ..passes.errors import NormfuseError
+from ..passes.manager import Context, PassManager
+from ..passes.presets import resolve
+from ..passes.report import Report
+from ..passes.weights import WeightCache, mark_recompute, split
+from .lower import expand
+from .options import Options, parse
+from .provenance import source_hash, trace_artifact
+
+log = logging.getLogger("normfuse")
+
+_reports: deque[Report] = deque(maxlen=256)
+_warned: set[str] = set()
+_lock = threading.Lock()
+
+
+def reports() -> list[Report]:
+    """Reports of the graphs compiled in this process, oldest first (one per captured graph)."""
+    return list(_reports)
+
+
+def clear_reports() -> None:
+    _reports.clear()
+
+
+def normfuse(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Callable:
+    """The Dynamo backend. Users reach it through ``torch.compile(…, backend="normfuse")``.
+
+    Args:
+        gm, example_inputs: from Dynamo.
+        mode: Inductor's compile mode (``"reduce-overhead"``, ``"max-autotune"``…).
+        options: see :class:`~normfuse.runtime.options.Options`; other names go to Inductor.
+
+    Raises:
+        NormfuseError: unknown options; with ``strict``, anything that would make it fall back.
+    """
+    if kwargs:
+        raise NormfuseError(f"unknown backend arguments {sorted(kwargs)}")
+    settings = parse(options, mode)
+    report = Report()
+    start = time.perf_counter()
+    try:
+        program = rewrite_dynamo(gm, example_inputs, settings, report)
+    except Exception as error:
+        if settings.strict:
+            raise
+        _warn_once(error)
+        report.notes.append(f"fell back to Inductor: {type(error).__name__}: {error}")
+        program = None
+    report.seconds = time.perf_counter() - start
+    with _lock:
+        _reports.append(report)
+    trace_artifact("normfuse_report", report.to_dict)
+    if program is None:
+        return inductor(gm, example_inputs, settings)
+    try:
+        return program.compile(example_inputs, settings)
+    except Exception as error:
+        if settings.strict:
+            raise
+        _warn_once(error)
+        report.notes.append(
+            f"fell back to Inductor: the rewritten graph did not compile: {error}"
+        )
+        return inductor(gm, example_inputs, settings)
+
+
+def _warn_once(error: BaseException) -> None:
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    log.debug("normfuse fell back to Inductor", exc_info=error)
+    with _lock:
+        if text in _warned:
+            return
+        _warned.add(text)
+    warnings.warn(
+        f"normfuse left a graph to Inductor unchanged: {text} "
+        '(options={"strict": True} raises with a traceback)',
+        stacklevel=2,
+    )
+
+
+def inductor(gm: fx.GraphModule, inputs: Sequence[Any], settings: Options) -> Callable:
+    """Plain Inductor with the user's options."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, list(inputs), config_patches=dict(settings.inductor))
+
+
+class Program:
+    """A rewritten graph, ready to be compiled, with its weight program if it has one."""
+
+    def __init__(self, gm: fx.GraphModule, cache: WeightCache | None) -> None:
+        self.gm, self.cache = gm, cache
+
+    def compile(self, inputs: Sequence[Any], settings: Options) -> Callable:
+        from torch._inductor.compile_fx import compile_fx
+
+        expand(self.gm)
+        self.gm.recompile()
+        trace_artifact("normfuse_after", lambda: self.gm.print_readable(print_output=False))
+        inputs = list(inputs)
+        cache = self.cache
+        if cache is not None:
+            mode = _fake_mode()
+            leaves = [inputs[i] for i in cache.program.leaves]
+            # fakes with static shapes: Dynamo has no guards for tensors it never saw
+            inputs += [mode.from_tensor(t, static_shapes=True) for t in cache(leaves)]
+        with contextlib.ExitStack() as stack:
+            for context in disabled(self.gm.meta.get("autocast", ())):
+                stack.enter_context(context)
+            stack.enter_context(_cache_key(source_hash()))
+            compiled = compile_fx(self.gm, inputs, config_patches=dict(settings.inductor))
+        if cache is None:
+            return compiled
+        return _with_folded(compiled, cache)
+
+
+def _with_folded(compiled: Callable, cache: WeightCache) -> Callable:
+    positions = cache.program.leaves
+
+    def run(*args: Any) -> Any:
+        folded = cache([args[i] for i in positions])
+        return compiled(*args, *folded)
+
+    run.weight_cache = cache  # type: ignore[attr-defined]
+    return run
+
+
+@contextlib.contextmanager
+def _cache_key(tag: str) -> Any:
+    """Put a hash of our sources into the keys of PyTorch's compile caches."""
+    try:
+        from torch.compiler import config
+
+        previous = config.cache_key_tag
+    except (ImportError, AttributeError):
+        yield
+        return
+    with config.patch(cache_key_tag=f"{previous}+normfuse-{tag}"):
+        yield
+
+
+def _fake_mode() -> Any:
+    context = TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        raise NormfuseError("the backend must be called by torch.compile")
+    return context.fake_mode
+
+
+def _fakes(inputs: Sequence[Any], mode: Any) -> list[Any]:
+    """Fake inputs with the symbolic sizes Dynamo chose."""
+    known = TracingContext.get().tensor_to_context
+    out = []
+    for x in inputs:
+        if isinstance(x, torch.Tensor) and not isinstance(x, torch._subclasses.FakeTensor):
+            symbolic = known.get(x)
+            source = symbolic.tensor_source if symbolic is not None else None
+            out.append(
+                mode.from_tensor(x, static_shapes=False, symbolic_context=symbolic, source=source)
+            )
+        else:
+            out.append(x)
+    return out
+
+
+def rewrite_dynamo(
+    gm: fx.GraphModule, inputs: Sequence[Any], settings: Options, report: Report
+) -> Program | None:
+    """Capture, recognize and rewrite one Dynamo graph; ``None`` if it should stay as it is."""
+    for x in inputs:
+        if isinstance(x, torch.Tensor) and type(x) not in (
+            torch.Tensor,
+            torch.nn.Parameter,
+            torch.nn.Buffer,
+            torch._subclasses.FakeTensor,
+        ):
+            report.notes.append(
+                f"inputs of type {type(x).__name__} (sharded, quantized…) are left to Inductor"
+            )
+            return None
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    if not tensors:
+        return None
+    mode = _fake_mode()
+    env = mode.shape_env
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    with env.ignore_fresh_unbacked_symbols() if env is not None else contextlib.nullcontext():
+        traced = capture_fx(gm, _fakes(inputs, mode), fake_mode=mode)
+        mark_dynamo_leaves(gm, traced)
+        traced.meta.update({k: v for k, v in gm.meta.items() if k not in traced.meta})
+        if hasattr(gm, "_param_name_to_source"):
+            traced._param_name_to_source = gm._param_name_to_source
+        sites = finish(traced, autocast=ambient())
+        report.sites.extend(sites)
+        context = Context(
+            training=training,
+            device=_device(tensors),
+            policy=settings.policy,
+            disabled=frozenset(settings.disable),
+            fuel=settings.fuel,
+        )
+        if settings.verify:
+            traced.meta["example_inputs"] = list(inputs)
+        trace_artifact("normfuse_before", lambda: traced.print_readable(print_output=False))
+        manager = PassManager(resolve(settings.passes), context, verify=settings.verify)
+        manager.run(traced, report)
+        traced.meta.pop("example_inputs", None)
+    if settings.verify and context.errors:
+        report.max_relative_error = max(context.errors)
+    if training and not any(s.applied for s in report.sites):
+        report.notes.append(
+            "gradients are enabled, so folded weights would be recomputed at every step; "
+            "for inference call the model under torch.no_grad()"
+        )
+    if not any(s.applied for s in report.sites):
+        return None
+    if training:
+        mark_recompute(traced)
+        return Program(traced, None)
+    program = split(traced)
+    if program is None:
+        return Program(traced, None)
+    for node in traced.graph.find_nodes(op="placeholder")[-_outputs(program) :]:
+        node._dynamo_source = None
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    report.weight_bytes = program.bytes
+    return Program(traced, shared_cache(program, [inputs[i] for i in program.leaves]))
+
+
+def _outputs(program: Any) -> int:
+    output = next(n for n in program.module.graph.nodes if n.op == "output")
+    return len(output.args[0])
+
+
+def _device(tensors: Sequence[torch.Tensor]) -> str:
+    types = {t.device.type for t in tensors}
+    return next((d for d in ("cuda", "xpu") if d in types), "cpu")
+
+
+_caches: dict[tuple, Any] = {}
+
+
+def shared_cache(program: Any, leaves: Sequence[torch.Tensor]) -> WeightCache:
+    """One cache for one program over the same weights, however many graphs use it."""
+    import weakref
+
+    key = (program.key, tuple(id(t) for t in leaves))
+    with _lock:
+        reference = _caches.get(key)
+        cache = reference() if reference is not None else None
+        if cache is None:
+            cache = WeightCache(program)
+            _caches[key] = weakref.ref(cache, lambda _: _caches.pop(key, None))
+        return cache

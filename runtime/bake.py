@@ -1,0 +1,132 @@
+"""Baked rewriting: folded weights stored as the module's parameters, in place of the originals.
+
+What rotation, quantization and serving tools want: plain weights, no norm affines, no weight program.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from ..passes.autocast import disabled
+from ..passes.capture import capture, set_attribute
+from ..passes.errors import NormfuseError
+from ..passes.report import Report
+from ..passes.weights import ir_attribute, lift, split
+from .signature import Signature
+
+if TYPE_CHECKING:
+    from .rewrite import Settings
+
+
+class BakedModule(nn.Module):
+    """A rewritten model with folded weights as ordinary parameters.
+
+    One graph: the mode (train or eval) of the captured model is part of it. Calling it with inputs
+    the graph does not stand for raises.
+
+    Attributes:
+        graph_module: the flat graph, called as ``graph_module(*weights, *inputs, *folded)``.
+        weight_names, folded_names: the parameters and buffers it reads, in that order.
+    """
+
+    graph_module: fx.GraphModule
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        weight_names: list[str],
+        folded_names: list[str],
+        specs: tuple[pytree.TreeSpec, pytree.TreeSpec],
+        autocast: tuple,
+        signature: Signature | None,
+    ) -> None:
+        super().__init__()
+        # not a submodule: it holds no state, and must not show up in named_modules()
+        self.__dict__["graph_module"] = gm
+        self.weight_names, self.folded_names = weight_names, folded_names
+        self._in_spec, self._out_spec = specs
+        self._autocast = autocast
+        self._signature = signature
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        flat, in_spec = pytree.tree_flatten((args, kwargs))
+        if in_spec != self._in_spec:
+            raise NormfuseError(
+                f"this baked module was captured for inputs {self._in_spec}, got {in_spec}"
+            )
+        if self._signature is not None and not torch.compiler.is_compiling():
+            if not self._signature.matches(flat):
+                given = [tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in flat]
+                raise NormfuseError(
+                    f"this baked module's graph does not stand for inputs {given}; rewrite the "
+                    "original model again with such an example (or with dynamic=True)"
+                )
+        with ExitStack() as stack:
+            for context in disabled(self._autocast):
+                stack.enter_context(context)
+            out = self.graph_module(
+                *[ir_attribute(self, n) for n in self.weight_names],
+                *flat,
+                *[ir_attribute(self, n) for n in self.folded_names],
+            )
+        out = list(out) if isinstance(out, (tuple, list)) else [out]
+        return pytree.tree_unflatten(out, self._out_spec)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # fake tensors do not pickle; an unpickled module no longer checks its inputs
+        return {**self.__dict__, "_signature": None}
+
+
+def bake(
+    source: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], settings: Settings
+) -> tuple[BakedModule, Report]:
+    """Capture, rewrite and evaluate the weight program of ``source`` (already a private copy)."""
+    from .rewrite import transform
+
+    start = time.perf_counter()
+    gm = capture(source, tuple(args), dict(kwargs), dynamic=settings.dynamic)
+    flat, in_spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    report, _ = transform(gm, flat, settings, training=False)
+    lifted, names = lift(gm)
+    program = split(lifted)
+    placeholders = lifted.graph.find_nodes(op="placeholder")
+    read: list[str] = []
+    for name, node in zip(names, placeholders, strict=False):
+        if node.users:
+            read.append(name)
+        else:
+            lifted.graph.erase_node(node)
+    folded: dict[str, torch.Tensor] = {}
+    if program is not None:
+        with torch.no_grad():
+            tensors = program.module(*[ir_attribute(gm, names[i]) for i in program.leaves])
+        for node, tensor in zip(placeholders[-len(tensors) :], tensors, strict=True):
+            name = node.meta["fqn"]
+            while name in read or name in folded:
+                name += "_folded"
+            folded[name] = tensor.clone()
+    lifted.recompile()
+    out_spec = gm.graph._codegen.pytree_info.out_spec
+    module = BakedModule(
+        lifted,
+        read,
+        list(folded),
+        (in_spec, out_spec),
+        gm.meta.get("autocast", ()),
+        Signature(gm),
+    )
+    for name in read:
+        set_attribute(module, name, ir_attribute(gm, name))
+    for name, tensor in folded.items():
+        floating = tensor.is_floating_point()
+        set_attribute(module, name, nn.Parameter(tensor) if floating else tensor)
+    module.train(source.training)
+    report.seconds = time.perf_counter() - start
+    return module, report

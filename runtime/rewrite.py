@@ -1,0 +1,440 @@
+"""``normfuse.rewrite`` and ``normfuse.explain``: a model in, an equivalent module and a report out."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from ..passes.autocast import ambient, disabled
+from ..passes.capture import capture
+from ..passes.errors import CaptureError, NormfuseError, VerificationError
+from ..passes.manager import Context, Pass, PassManager, copy_graph
+from ..passes.presets import policy_of, resolve
+from ..passes.report import Report
+from ..passes.verify import flat_double, flat_plain, max_error
+from ..passes.weights import WeightCache, ir_attribute, lift, split
+from .signature import Signature
+
+#: How many input signatures one module keeps graphs for before it runs the original instead.
+MAX_GRAPHS = 16
+
+
+class Settings:
+    """How a rewritten module makes its graphs (picklable)."""
+
+    def __init__(
+        self,
+        passes: list[Pass],
+        policy: str,
+        disable: frozenset[str],
+        verify: bool,
+        dynamic: bool,
+        fuel: int | None,
+    ) -> None:
+        self.passes, self.policy, self.disable = passes, policy, disable
+        self.verify, self.dynamic, self.fuel = verify, dynamic, fuel
+
+
+class Graph:
+    """One captured and rewritten graph, for one module mode and input signature.
+
+    With gradients on, the weight program runs inline; without, it is split off and cached.
+    """
+
+    def __init__(self, gm: fx.GraphModule, owner: nn.Module, in_spec: pytree.TreeSpec) -> None:
+        self.inline, self.names = lift(gm)
+        self.inline.recompile()
+        self.signature = Signature(gm)
+        self.in_spec = in_spec
+        self.out_spec = gm.graph._codegen.pytree_info.out_spec
+        self.autocast = gm.meta.get("autocast", ())
+        # constants that the capture lifted out of the code are not the model's
+        self.constants = {
+            name: ir_attribute(gm, name) for name in self.names if not _exists(owner, name)
+        }
+        self._weight_types = [_type(t) for t in self._weights(owner)]
+        self._split: fx.GraphModule | None = None
+        self.cache: WeightCache | None = None
+
+    def prepare_inference(self) -> WeightCache | None:
+        """Split off the weight program (once); returns its cache, if there is a program."""
+        if self._split is None:
+            module = fx.GraphModule(self.inline, copy_graph(self.inline.graph))
+            program = split(module)
+            module.recompile()
+            self.cache = WeightCache(program) if program is not None else None
+            self._split = module
+        return self.cache
+
+    def _weights(self, owner: nn.Module) -> list[torch.Tensor]:
+        return [
+            self.constants[n] if n in self.constants else ir_attribute(owner, n)
+            for n in self.names
+        ]
+
+    def matches(self, owner: nn.Module, flat: Sequence[Any]) -> bool:
+        """True if the graph stands for these inputs and for the weights as they are now.
+
+        ``.to(dtype)``, ``.to(device)`` and resized parameters call for a new graph.
+        """
+        return self.signature.matches(flat) and self._weight_types == [
+            _type(t) for t in self._weights(owner)
+        ]
+
+    def run(self, owner: nn.Module, flat: Sequence[Any], *, inline: bool) -> list[Any]:
+        weights = self._weights(owner)
+        gm = self.inline
+        folded: Sequence[torch.Tensor] = ()
+        if not inline:
+            cache = self.prepare_inference()
+            gm = self._split
+            if cache is not None:
+                folded = cache([weights[i] for i in cache.program.leaves])
+        with ExitStack() as stack:
+            for context in disabled(self.autocast):
+                stack.enter_context(context)
+            out = gm(*weights, *flat, *folded)
+        return list(out) if isinstance(out, (tuple, list)) else [out]
+
+
+def _type(t: torch.Tensor) -> tuple:
+    return (t.dtype, t.device, t.shape)
+
+
+def _exists(owner: nn.Module, name: str) -> bool:
+    try:
+        ir_attribute(owner, name)
+    except AttributeError:
+        return False
+    return True
+
+
+class RewrittenModule(nn.Module):
+    """A model whose forward runs rewritten graphs.
+
+    It has the original's submodules, parameters and buffers under their own names: ``state_dict``,
+    optimizers, ``.to()``, ``requires_grad_`` and hooks on parameters work as before (forward hooks on
+    submodules do not run: their code was captured). ``train()`` and ``eval()`` each have their own
+    graphs, captured at first use; so have new input signatures (another dtype, structure or a size
+    the capture fixed). When a signature cannot be captured, the original code runs and a warning
+    says why.
+
+    Attributes:
+        report: of the first graph. ``reports`` holds all of them.
+    """
+
+    def __init__(self, source: nn.Module, settings: Settings) -> None:
+        super().__init__()
+        # one set of dictionaries, so that whatever happens to either module happens to both
+        self._parameters = source._parameters
+        self._buffers = source._buffers
+        self._modules = source._modules
+        self._non_persistent_buffers_set = source._non_persistent_buffers_set
+        self.training = source.training
+        self.__dict__["_source"] = source
+        self.__dict__["_settings"] = settings
+        self.__dict__["_graphs"] = {}
+        self.reports: list[Report] = []
+        self._uncapturable: set[str] = set()
+
+    # -- nn.Module ------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> RewrittenModule:
+        super().train(mode)
+        self._source.training = mode
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            source = self.__dict__.get("_source")
+            if source is None or name.startswith("__"):
+                raise
+            return getattr(source, name)  # config, generation helpers, user attributes
+
+    def extra_repr(self) -> str:
+        return f"rewritten from {type(self._source).__name__}, {len(self._graphs)} graphs"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "source": self._source,
+            "settings": self._settings,
+            "training": self.training,
+            "reports": self.reports,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        RewrittenModule.__init__(self, state["source"], state["settings"])
+        self.training = state["training"]
+        self.reports = state["reports"]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModule:
+        new = RewrittenModule(copy.deepcopy(self._source, memo), copy.copy(self._settings))
+        new.reports = copy.deepcopy(self.reports, memo)
+        memo[id(self)] = new
+        return new
+
+    # -- running --------------------------------------------------------------------------------
+
+    @property
+    def report(self) -> Report:
+        if not self.reports:
+            raise NormfuseError("the module has not been captured yet: call it once")
+        return self.reports[0]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        flat, in_spec = pytree.tree_flatten((args, kwargs))
+        if torch.compiler.is_compiling():
+            return self._forward_compiling(flat, in_spec, args, kwargs)
+        key = (self.training, in_spec, ambient())
+        for graph in self._graphs.get(key, ()):
+            if graph.matches(self, flat):
+                break
+        else:
+            graph = self._capture(key, flat, args, kwargs)
+            if graph is None:
+                return self._source(*args, **kwargs)
+        inline = torch.is_grad_enabled()
+        out = pytree.tree_unflatten(graph.run(self, flat, inline=inline), graph.out_spec)
+        return _write_back(args, kwargs, out)
+
+    def _forward_compiling(self, flat: list, in_spec: Any, args: Any, kwargs: Any) -> Any:
+        """Under ``torch.compile`` or ``torch.export``: the graph inline, weight program and all."""
+        graphs = [
+            g
+            for (training, spec, _), entries in self._graphs.items()
+            for g in entries
+            if training == self.training and spec == in_spec
+        ]
+        if not graphs:
+            return self._source(*args, **kwargs)
+        graph = graphs[0]
+        return pytree.tree_unflatten(graph.run(self, flat, inline=True), graph.out_spec)
+
+    def _capture(self, key: tuple, flat: list[Any], args: Any, kwargs: Any) -> Graph | None:
+        try:
+            if sum(map(len, self._graphs.values())) >= MAX_GRAPHS:
+                raise CaptureError(
+                    f"more than {MAX_GRAPHS} input signatures; sizes the capture fixed keep changing"
+                )
+            graph, report = build(self, self._source, args, kwargs, self._settings)
+        except NormfuseError as error:
+            text = str(error)
+            if text not in self._uncapturable:
+                self._uncapturable.add(text)
+                warnings.warn(f"running the original code for this call: {text}", stacklevel=3)
+            return None
+        self.reports.append(report)
+        self._graphs.setdefault(key, []).append(graph)
+        return graph
+
+
+def _write_back(args: Any, kwargs: Any, out: Any) -> Any:
+    """Eager code updates a cache object passed in and returns it; a graph returns a new one.
+
+    For each mutable custom container among the inputs with exactly one output of its class, the
+    caller's object takes over the new state and is what the caller gets back.
+    """
+    inputs = [v for v in (*args, *kwargs.values()) if _is_cache(v)]
+    if not inputs:
+        return out
+    leaves, spec = pytree.tree_flatten(out, is_leaf=_is_cache)
+    for given in inputs:
+        matches = [i for i, o in enumerate(leaves) if type(o) is type(given)]
+        if len(matches) == 1:
+            given.__dict__.update(leaves[matches[0]].__dict__)
+            leaves[matches[0]] = given
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def _is_cache(value: Any) -> bool:
+    """Registered pytree classes that hold mutable state (``transformers`` cache objects)."""
+    return type(value) in pytree.SUPPORTED_NODES and type(value).__name__.endswith("Cache")
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def build(
+    owner: nn.Module,
+    source: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    settings: Settings,
+) -> tuple[Graph, Report]:
+    """Capture ``source`` as it is now (train or eval, grad mode, autocast) and rewrite the graph."""
+    start = time.perf_counter()
+    gm = capture(source, tuple(args), dict(kwargs), dynamic=settings.dynamic)
+    flat, in_spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    report, _ = transform(gm, flat, settings, training=source.training)
+    graph = Graph(gm, owner, in_spec)
+    if not torch.is_grad_enabled():
+        cache = graph.prepare_inference()
+        report.weight_bytes = cache.program.bytes if cache is not None else 0
+    report.seconds = time.perf_counter() - start
+    return graph, report
+
+
+def transform(
+    gm: fx.GraphModule, flat: Sequence[Any], settings: Settings, *, training: bool
+) -> tuple[Report, Context]:
+    """Run the passes on a captured graph; verify if asked; returns the report."""
+    device = next((x.device.type for x in flat if isinstance(x, torch.Tensor)), "cpu")
+    context = Context(
+        training=training,
+        device=device,
+        policy=settings.policy,
+        disabled=settings.disable,
+        fuel=settings.fuel,
+    )
+    report = Report()
+    report.sites.extend(gm.meta.get("near_misses", []))
+    if settings.verify:
+        gm.meta["example_inputs"] = list(flat)
+        before = flat_plain(gm, flat)
+    manager = PassManager(settings.passes, context, verify=settings.verify)
+    manager.run(gm, report)
+    if settings.verify:
+        _verify(gm, flat, before, context, report)
+        gm.meta.pop("example_inputs", None)
+    return report, context
+
+
+def _verify(
+    gm: fx.GraphModule, flat: Sequence[Any], before: list, context: Context, report: Report
+) -> None:
+    """Fill in the error figures: float64 agreement, and working dtype against float64."""
+    if not context.journal:
+        report.max_relative_error = 0.0
+        return
+    report.max_relative_error = max(context.errors, default=0.0)
+    truth = context.facts["double"]
+    report.working_error = {
+        "eager": max_error(before, truth),
+        "rewritten": max_error(flat_plain(gm, flat), truth),
+    }
+
+
+def _settings(
+    passes: Any, policy: str | None, disable: Iterable[str], verify: bool, dynamic: bool,
+    fuel: int | None,
+) -> Settings:
+    if policy not in (None, "pays", "always"):
+        raise NormfuseError(f"policy must be 'pays' or 'always', got {policy!r}")
+    disable = (disable,) if isinstance(disable, str) else disable
+    return Settings(
+        resolve(passes), policy or policy_of(passes), frozenset(disable), verify, dynamic, fuel
+    )
+
+
+def rewrite(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    passes: str | Iterable[Any] = "exact",
+    verify: bool = True,
+    *,
+    policy: str | None = None,
+    disable: Iterable[str] = (),
+    weights: str = "live",
+    dynamic: bool = True,
+    strict: bool = False,
+    fuel: int | None = None,
+    inplace: bool = False,
+) -> tuple[nn.Module, Report]:
+    """Rewrite a model's norms; the original is not touched.
+
+    Args:
+        model: any module that ``torch.export`` can capture.
+        args, kwargs: example inputs, as the user would call it.
+        passes: a preset name or a list of passes (instances, classes, registered names).
+        verify: compare float64 results before and after every pass; a pass that changes them is
+            undone and the report says so.
+        policy: ``"pays"`` (default of the preset ``"exact"``) lets the cost model decline,
+            ``"always"`` (default otherwise) rewrites whatever is exact.
+        disable: names of passes not to run.
+        weights: ``"live"`` keeps the original parameters and folds them on the fly (once per
+            change in inference, inline when gradients are on); ``"baked"`` stores folded weights
+            instead: what quantizers and rotations want.
+        dynamic: keep sizes symbolic where the model allows.
+        strict: raise :class:`VerificationError` instead of undoing a pass.
+        fuel: number of site rewrites allowed (bisection).
+        inplace: share the original's parameters instead of copying them.
+
+    Returns:
+        ``(module, report)``.
+
+    Raises:
+        CaptureError: the model cannot be captured.
+        NormfuseError: bad arguments.
+        VerificationError: with ``strict``, when numbers disagree.
+    """
+    if not isinstance(model, nn.Module):
+        raise NormfuseError(f"rewrite takes an nn.Module, got {type(model).__name__}")
+    if weights not in ("live", "baked"):
+        raise NormfuseError(f"weights must be 'live' or 'baked', got {weights!r}")
+    settings = _settings(passes, policy, disable, verify, dynamic, fuel)
+    source = model if inplace else copy.deepcopy(model)
+    args, kwargs = tuple(args), dict(kwargs or {})
+    if weights == "baked":
+        from .bake import bake
+
+        return _checked(bake(source, args, kwargs, settings), strict)
+    module = RewrittenModule(source, settings)
+    graph, report = build(module, source, args, kwargs, settings)
+    in_spec = pytree.tree_structure((args, kwargs))
+    key = (module.training, in_spec, ambient())
+    module._graphs[key] = [graph]
+    module.reports.append(report)
+    return _checked((module, report), strict)
+
+
+def _checked(result: tuple[nn.Module, Report], strict: bool) -> tuple[nn.Module, Report]:
+    if strict and result[1].failed_verification:
+        raise VerificationError("\n".join(result[1].notes))
+    return result
+
+
+def explain(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    passes: str | Iterable[Any] = "exact",
+    verify: bool = False,
+    *,
+    policy: str | None = None,
+    disable: Iterable[str] = (),
+    dynamic: bool = True,
+) -> Report:
+    """What :func:`rewrite` would do with ``model``, and what it would refuse and why.
+
+    Nothing is copied or changed. Arguments as for :func:`rewrite`; put the model in ``eval()`` mode
+    to ask about inference, in ``train()`` mode to ask about training. The report also carries a drawing of each residual stream.
+    """
+    if not isinstance(model, nn.Module):
+        raise NormfuseError(f"explain takes an nn.Module, got {type(model).__name__}")
+    settings = _settings(passes, policy, disable, verify, dynamic, None)
+    start = time.perf_counter()
+    args, kwargs = tuple(args), dict(kwargs or {})
+    gm = capture(model, args, kwargs, dynamic=dynamic)
+    drawings = _draw_streams(gm)
+    flat = pytree.tree_leaves((args, kwargs))
+    report, _ = transform(gm, flat, settings, training=model.training)
+    report.streams = drawings
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _draw_streams(gm: fx.GraphModule) -> list[dict[str, str]]:
+    from ..passes.residual import drawings
+
+    return drawings(gm)
