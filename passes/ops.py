@@ -39,8 +39,10 @@ __all__ = [
 
 _lib = torch.library.Library("normfuse", "DEF")
 
+# The dispatcher drops arguments that equal the schema's default before it calls the Python body, so
+# defaults here and in the functions below must be the same.
 _NORM_ARGS = (
-    "int[] dims, Tensor? gain=None, Tensor? bias=None, float eps=1e-5, *, "
+    "int[] dims, Tensor? gain=None, Tensor? bias=None, float eps={eps}, *, "
     "ScalarType? stat_dtype=None, ScalarType? norm_dtype=None, ScalarType? out_dtype=None"
 )
 
@@ -286,10 +288,14 @@ def gated_rms_norm(
     return y * (gate * gate_scale)
 
 
-_lib.define(f"layer_norm(Tensor x, {_NORM_ARGS}) -> Tensor")
-_lib.define(f"rms_norm(Tensor x, {_NORM_ARGS}) -> Tensor")
-_lib.define(f"add_layer_norm(Tensor x, Tensor residual, {_NORM_ARGS}) -> (Tensor, Tensor)")
-_lib.define(f"add_rms_norm(Tensor x, Tensor residual, {_NORM_ARGS}) -> (Tensor, Tensor)")
+_lib.define(f"layer_norm(Tensor x, {_NORM_ARGS.format(eps='1e-5')}) -> Tensor")
+_lib.define(f"rms_norm(Tensor x, {_NORM_ARGS.format(eps='1e-6')}) -> Tensor")
+_lib.define(
+    f"add_layer_norm(Tensor x, Tensor residual, {_NORM_ARGS.format(eps='1e-5')}) -> (Tensor, Tensor)"
+)
+_lib.define(
+    f"add_rms_norm(Tensor x, Tensor residual, {_NORM_ARGS.format(eps='1e-6')}) -> (Tensor, Tensor)"
+)
 _lib.define(
     "crms_norm(Tensor x, Tensor? gain=None, Tensor? bias=None, float eps=1e-5, *, "
     "ScalarType? stat_dtype=None, ScalarType? norm_dtype=None, ScalarType? out_dtype=None) -> Tensor"
