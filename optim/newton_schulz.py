@@ -1,0 +1,325 @@
+"""The Newton–Schulz iteration on a batch of normalized matrices: forms, products, cost model.
+
+Two forms of the same polynomial. *Direct* works on the matrix: per step one Gram matrix, one square
+and one application, ``4m²n + 2m³`` FLOPs for m×n with m ≤ n. *Gram* works on the m×m Gram matrix and
+applies the accumulated polynomial once, ``4m²n`` per segment plus up to ``8m³`` per step; where a
+segment ends (a *restart*) the matrix is formed and its Gram matrix taken anew, because the
+accumulated factor loses the small singular values to rounding. Every product but the application is
+symmetric; in the blocked form only its lower block triangle is computed, and mirrored.
+
+Shapes below: ``x`` is ``[B, r, c]``, its Gram matrix lives on the shorter side, ``[B, m, m]``; a tall
+matrix is never transposed, it is multiplied from the right instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations, pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .coefficients import Schedule
+
+METHODS = ("auto", "direct", "gram")
+
+#: Blocked symmetric products pay from here on (shorter side, CPU); smaller batches use ``bmm``.
+BLOCKED_FROM = 320
+_BLOCK = 256
+
+
+class _Stability(NamedTuple):
+    """Rounding of one Gram matrix in a dtype: the spurious eigenvalue, and the spread we accept."""
+
+    spurious: float
+    limit: float
+
+
+#: ``limit`` times the unit roundoff is the share of the error band given to the Gram form.
+_STABILITY = {
+    torch.float64: _Stability(-1e-14, 1e6),
+    torch.float32: _Stability(-1e-5, 2e3),
+    torch.float16: _Stability(-4e-4, 2e2),
+    torch.bfloat16: _Stability(-4e-3, 2e2),
+}
+
+
+def spread(schedule: Schedule, restarts: tuple[int, ...], spurious: float) -> float:
+    """Largest ratio, over the iterations, between entries of the accumulated Gram factor.
+
+    Simulated on eigenvalues 1 … 1e-20 of the Gram matrix, each shifted by ``spurious``: half
+    precision produces small negative ones, which the polynomial blows up.
+    """
+    x = np.logspace(0, -10, 2000)
+    r, q, worst = x * x + spurious, np.ones_like(x), 1.0
+    with np.errstate(all="ignore"):
+        for i, (a, b, c) in enumerate(schedule):
+            if i in restarts:
+                x = x * q
+                r, q = x * x + spurious, np.ones_like(x)
+            z = a + r * (b + c * r)
+            q, r = q * z, r * z * z
+            ratio = np.abs(q).max() / np.abs(q).min()
+            worst = max(worst, float(ratio)) if np.isfinite(ratio) else float("inf")
+    return worst
+
+
+@lru_cache(maxsize=256)
+def choose_restarts(schedule: Schedule, dtype: torch.dtype) -> tuple[int, ...] | None:
+    """Fewest restarts (indices of the iterations they precede) that keep the Gram form stable.
+
+    ``None`` when no three restarts do: then only the direct form is accurate.
+    """
+    spurious, limit = _STABILITY.get(dtype, _STABILITY[torch.bfloat16])
+    for count in range(min(4, max(1, len(schedule)))):
+        options = combinations(range(1, len(schedule)), count)
+        best = min(((spread(schedule, o, spurious), o) for o in options), default=None)
+        if best is not None and best[0] <= limit:
+            return best[1]
+    return None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a batch is orthogonalized, and why: ``flops`` is the count the choice was made on."""
+
+    method: str
+    restarts: tuple[int, ...]
+    blocks: int
+    flops: float
+
+    @property
+    def blocked(self) -> bool:
+        return self.blocks > 1
+
+
+def flops(
+    rows: int, cols: int, schedule: Schedule, restarts: tuple[int, ...] | None, share: float = 1.0
+) -> float:
+    """FLOPs for one matrix; ``share`` is the part of a symmetric product that is computed.
+
+    ``restarts=None`` means the direct form. The floor of the symmetric-aware algorithm is
+    ``share=0.5``.
+    """
+    m, n = float(min(rows, cols)), float(max(rows, cols))
+    wide, cube = 2 * m * m * n, 2 * m**3
+    if restarts is None:
+        return sum(wide * share + wide + (cube * share if c else 0.0) for _, _, c in schedule)
+    total = (len(restarts) + 1) * (wide * share + wide)
+    fresh, last = True, len(schedule) - 1
+    for i, (_, _, c) in enumerate(schedule):
+        fresh = fresh or i in restarts
+        total += cube * share * ((1 if c else 0) + (0 if fresh else 1))
+        if i < last and i + 1 not in restarts:
+            total += 2 * cube * share
+        fresh = False
+    return total
+
+
+@lru_cache(maxsize=1024)
+def make_plan(
+    rows: int,
+    cols: int,
+    schedule: Schedule,
+    dtype: torch.dtype,
+    device: str,
+    method: str = "auto",
+    restarts: tuple[int, ...] | None = None,
+) -> Plan:
+    """Choose direct or Gram form and the blocking by FLOPs; ``method`` other than auto is obeyed.
+
+    Raises:
+        ValueError: unknown method, restarts out of range, or the Gram form asked for where no
+            restart positions make it accurate.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    m = min(rows, cols)
+    # Only the CPU path computes half of a symmetric product; bmm computes all of it.
+    blocks = max(1, min(4, round(m / _BLOCK))) if device == "cpu" and m >= BLOCKED_FROM else 1
+    share = (blocks + 1) / (2 * blocks)
+    direct = flops(rows, cols, schedule, None, share)
+    if method == "direct" or not schedule:
+        return Plan("direct", (), blocks, direct)
+    if restarts is not None:
+        if any(not 0 < i < len(schedule) for i in restarts):
+            raise ValueError(
+                f"restarts must lie in 1..{len(schedule) - 1} (iterations they precede), "
+                f"got {restarts}"
+            )
+        chosen: tuple[int, ...] | None = tuple(sorted(set(restarts)))
+    else:
+        chosen = choose_restarts(schedule, dtype)
+    if chosen is None:
+        if method == "gram":
+            raise ValueError(
+                f"the Gram form is not accurate in {dtype} for these coefficients: no choice of up "
+                "to three restarts keeps it stable; use method='direct', another set, or ns_dtype"
+            )
+        return Plan("direct", (), blocks, direct)
+    gram = flops(rows, cols, schedule, chosen, share)
+    if method == "gram" or gram < 0.95 * direct:
+        return Plan("gram", chosen, blocks, gram)
+    return Plan("direct", (), blocks, direct)
+
+
+# -- products -------------------------------------------------------------------------------------
+# Each writes into ``out``, which overlaps no operand. The epilogue (``beta·base``) is part of the
+# product: rounding once per product instead of three times is worth a factor 2-7 in half precision.
+
+
+class _Whole:
+    """Products of a batch ``[B, …]`` as single ``bmm``/``baddbmm`` calls."""
+
+    @staticmethod
+    def gram(x: Tensor, tall: bool, out: Tensor) -> Tensor:
+        return torch.bmm(x.mT, x, out=out) if tall else torch.bmm(x, x.mT, out=out)
+
+    @staticmethod
+    def symmetric(
+        s: Tensor, t: Tensor, base: Tensor, beta: float, alpha: float, out: Tensor
+    ) -> Tensor:
+        """``beta·base + alpha·s·t`` for commuting symmetric operands."""
+        return torch.baddbmm(base, s, t, beta=beta, alpha=alpha, out=out)
+
+    @staticmethod
+    def apply(x: Tensor, b: Tensor, a: float, tall: bool, out: Tensor) -> Tensor:
+        """``a·x + b·x`` (wide) or ``a·x + x·b`` (tall)."""
+        left, right = (x, b) if tall else (b, x)
+        if a == 0.0:
+            return torch.bmm(left, right, out=out)
+        return torch.baddbmm(x, left, right, beta=a, out=out)
+
+    @staticmethod
+    def diagonal(m: Tensor) -> Tensor:
+        return m.diagonal(dim1=-2, dim2=-1)
+
+
+class _Blocked:
+    """The same for one matrix; symmetric products compute block rows up to the diagonal."""
+
+    def __init__(self, side: int, blocks: int) -> None:
+        edges = [round(side * i / blocks) for i in range(blocks + 1)]
+        self.rows = list(pairwise(edges))
+
+    def _mirror(self, out: Tensor) -> Tensor:
+        for low, high in self.rows[1:]:
+            out[:low, low:high].copy_(out[low:high, :low].mT)
+        return out
+
+    def gram(self, x: Tensor, tall: bool, out: Tensor) -> Tensor:
+        left, right = (x.mT, x) if tall else (x, x.mT)
+        for low, high in self.rows:
+            torch.mm(left[low:high], right[:, :high], out=out[low:high, :high])
+        return self._mirror(out)
+
+    def symmetric(
+        self, s: Tensor, t: Tensor, base: Tensor, beta: float, alpha: float, out: Tensor
+    ) -> Tensor:
+        for low, high in self.rows:
+            torch.addmm(
+                base[low:high, :high],
+                s[low:high],
+                t[:, :high],
+                beta=beta,
+                alpha=alpha,
+                out=out[low:high, :high],
+            )
+        return self._mirror(out)
+
+    @staticmethod
+    def apply(x: Tensor, b: Tensor, a: float, tall: bool, out: Tensor) -> Tensor:
+        left, right = (x, b) if tall else (b, x)
+        if a == 0.0:
+            return torch.mm(left, right, out=out)
+        return torch.addmm(x, left, right, beta=a, out=out)
+
+    @staticmethod
+    def diagonal(m: Tensor) -> Tensor:
+        return m.diagonal()
+
+
+def _direct(x: Tensor, schedule: Schedule, ops: Any, first: Tensor | None) -> Tensor:
+    """Direct form; ``x`` is scratch (overwritten), ``first`` its Gram matrix if already known."""
+    tall = x.shape[-2] > x.shape[-1]
+    side = min(x.shape[-2:])
+    a_buf = x.new_empty(*x.shape[:-2], side, side) if first is None else first
+    b_buf, other = torch.empty_like(a_buf), torch.empty_like(x)
+    for i, (a, b, c) in enumerate(schedule):
+        gram = a_buf if i == 0 and first is not None else ops.gram(x, tall, a_buf)
+        if c:
+            poly = ops.symmetric(gram, gram, gram, b, c, b_buf)
+        else:
+            poly = torch.mul(gram, b, out=b_buf)
+        x, other = ops.apply(x, poly, a, tall, other), x
+    return x
+
+
+def _gram(
+    x: Tensor, schedule: Schedule, restarts: tuple[int, ...], ops: Any, first: Tensor | None
+) -> Tensor:
+    """Gram form: ``q`` accumulates the polynomial, ``r`` the Gram matrix it would produce."""
+    tall = x.shape[-2] > x.shape[-1]
+    side = min(x.shape[-2:])
+
+    def fresh() -> Tensor:
+        return x.new_empty(*x.shape[:-2], side, side)
+
+    r = ops.gram(x, tall, fresh()) if first is None else first
+    z, q, spare, other = fresh(), fresh(), fresh(), None
+    have_q = False
+    for i, (a, b, c) in enumerate(schedule):
+        if i in restarts:
+            other = torch.empty_like(x) if other is None else other
+            x, other = ops.apply(x, q, 0.0, tall, other), x
+            ops.gram(x, tall, r)
+            have_q = False
+        if c:
+            ops.symmetric(r, r, r, b, c, z)
+        else:
+            torch.mul(r, b, out=z)
+        if have_q:
+            q, spare = ops.symmetric(q, z, q, a, 1.0, spare), q
+        else:
+            q.copy_(z)
+            ops.diagonal(q).add_(a)
+            have_q = True
+        if i + 1 < len(schedule) and i + 1 not in restarts:
+            # (a + Z)²·R = a·(a·R + Z·R) + Z·(a·R + Z·R)
+            ops.symmetric(r, z, r, a, 1.0, spare)
+            ops.symmetric(z, spare, spare, a, 1.0, r)
+    return ops.apply(x, q, 0.0, tall, torch.empty_like(x) if other is None else other)
+
+
+def iterate(x: Tensor, schedule: Schedule, plan: Plan, first_gram: Tensor | None = None) -> Tensor:
+    """Run ``schedule`` on normalized matrices.
+
+    Args:
+        x: ``[B, r, c]``, singular values at most 1, in the dtype of the iteration. Scratch: its
+            contents are lost.
+        schedule: one ``(a, b, c)`` per step.
+        plan: from :func:`make_plan` for this shape.
+        first_gram: ``[B, m, m]`` Gram matrix of ``x`` if a normalization has formed it already.
+
+    Returns:
+        ``[B, r, c]`` (``x`` itself when the schedule is empty).
+    """
+    if not schedule:
+        return x
+
+    def run(part: Tensor, ops: Any, first: Tensor | None) -> Tensor:
+        if plan.method == "gram":
+            return _gram(part, schedule, plan.restarts, ops, first)
+        return _direct(part, schedule, ops, first)
+
+    if not plan.blocked:
+        return run(x, _Whole, first_gram)
+    # One matrix at a time: each product is large enough to fill the cores, and its operands stay
+    # in cache; a batched product into a strided block would be computed aside and copied.
+    ops = _Blocked(min(x.shape[-2:]), plan.blocks)
+    for i in range(x.shape[0]):
+        x[i].copy_(run(x[i], ops, None if first_gram is None else first_gram[i]))
+    return x
