@@ -316,15 +316,16 @@ def _critical_points(iv: Any, a: Any, b: Any, c: Any) -> list[Any]:
 def input_scale(schedule: Schedule, dtype: torch.dtype) -> float:
     """The factor by which normalized input must shrink so that ``schedule`` is safe in ``dtype``.
 
-    Safe means certified: over ``[0, scale·(1 + head room)]`` no singular value changes sign or ends
-    above :data:`MAX_GAIN`. 1.0 for sets that need no guard; a set that no shrinking down to one half
+    Safe means certified: over ``[0, scale·(1 + head room)]`` no singular value changes sign, ends
+    above :data:`MAX_GAIN`, or (at the top) almost vanishes. 1.0 for sets that need no guard; a set that no shrinking down to one half
     makes safe is refused with its band.
     """
     margin = 1 + HEAD_ROOM.get(dtype, 8e-3)
 
     def safe(scale: float) -> bool:
         band = certify(schedule, 0.0, scale * margin)
-        return band.low >= -1e-12 and band.high <= MAX_GAIN
+        end = float(scalar_map(schedule, scale * margin))  # just before a change of sign it is 0
+        return band.low >= -1e-12 and band.high <= MAX_GAIN and end >= 0.2 * band.high
 
     if safe(1.0):
         return 1.0
