@@ -351,7 +351,8 @@ def _acted(node: fx.Node) -> set[int] | None:
     x = node.args[0]
     rank = len(ir.shape(x))
     if ir.is_call(node, aten.constant_pad_nd) or ir.is_call(node, *_packets("pad")):
-        return {-1 - i for i in range(len(node.args[1]) // 2)}
+        pads = list(node.args[1])
+        return {-1 - i // 2 for i, p in enumerate(pads) if not ir.same_dim(p, 0)}
     if ir.is_call(node, *_packets("repeat", "tile")):
         counts = list(node.args[1])
         return {i - len(counts) for i, c in enumerate(counts) if not ir.same_dim(c, 1)}
@@ -688,6 +689,13 @@ _METADATA = tuple(
 def reads_metadata_only(node: fx.Node) -> bool:
     """True if ``node`` looks at a tensor's shape and dtype but not at its values."""
     return ir.is_call(node, *_METADATA)
+
+
+def is_inert(node: fx.Node, depth: int = 4) -> bool:
+    """True if nothing but shapes is ever read from ``node``'s result (dead code included)."""
+    if depth == 0 or not ir.is_pure(node):
+        return False
+    return all(reads_metadata_only(u) or is_inert(u, depth - 1) for u in node.users)
 
 
 def users(node: fx.Node) -> Iterator[fx.Node]:

@@ -32,6 +32,7 @@ from .axis import (
     channel_scale,
     dropout_is_active,
     is_dropout,
+    is_inert,
     is_zeros,
     operands,
     reads_metadata_only,
@@ -321,7 +322,8 @@ class _Builder:
         if found is not None and match_linear(user) is None:
             push(user, found, user, value)
             return
-        read(user, value, "raw", self._why_raw(user, axis))
+        if not is_inert(user):
+            read(user, value, "raw", self._why_raw(user, axis))
 
     def _why_raw(self, user: fx.Node, axis: Axis) -> str:
         if match_linear(user) is not None:

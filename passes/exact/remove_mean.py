@@ -304,16 +304,16 @@ class RemoveMean(Pass):
         if 2 * len(plan.ops) > norms:
             culprits = ", ".join(ir.describe(v) for v in plan.ops[:3])
             raise Refuse(
-                f"does not pay: {len(plan.ops)} activations ({culprits}"
-                f"{', …' if len(plan.ops) > 3 else ''}) would need a mean of their own to spare "
-                f"{norms} LayerNorms theirs",
+                f"does not pay: {_count(len(plan.ops), 'activation')} ({culprits}"
+                f"{', …' if len(plan.ops) > 3 else ''}) would have to be centered by an op of its "
+                f"own to spare {_count(norms, 'LayerNorm')} the mean",
                 plan.ops[0],
             )
         if context.training and plan.weights:
             weights = sum(numel(ir.val(_weight_of(w))) for w in plan.weights)
             raise Refuse(
                 f"does not pay in training: {weights:,} weight elements would be centered at every "
-                f"step to spare {norms} means over {rows:,} activations each"
+                f"step to spare {_count(norms, 'LayerNorm')} a mean over {rows:,} activations"
             )
 
     # -- committing --------------------------------------------------------------------------
@@ -380,6 +380,10 @@ class RemoveMean(Pass):
                     unscaled = ir.emit(graph, aten.to.dtype, unscaled, ir.dtype(gate), like=gate)
             touched.add(gate)
             ir.replace(gate, unscaled)
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" + ("" if n == 1 else "s")
 
 
 def _is_shared(table: fx.Node) -> bool:
