@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from . import ir
-from .autocast import Autocast, ambient, make_explicit
+from .autocast import Autocast, ambient, disabled, make_explicit
 from .errors import CaptureError
 from .functionalize import functionalize
 from .inline import inline_regions
@@ -84,19 +84,22 @@ def finish(
         autocast: the autocast settings in force around the captured code. The graph's casts are
             explicit afterwards: it must run with autocast off.
     """
-    inline_regions(gm)
-    _rename_provenance(gm)
-    gm.meta["autocast"] = autocast
-    gm.meta["explicit_autocast"] = make_explicit(gm, autocast)
-    functionalize(gm)
-    sites: list[Site] = []
-    if canonical:
-        from .canonical import canonicalize
+    with contextlib.ExitStack() as off:
+        for context in disabled(ambient()):  # values are computed as the graph will run
+            off.enter_context(context)
+        inline_regions(gm)
+        _rename_provenance(gm)
+        gm.meta["autocast"] = autocast
+        make_explicit(gm, autocast)
+        functionalize(gm)
+        sites: list[Site] = []
+        if canonical:
+            from .canonical import canonicalize
 
-        sites = canonicalize(gm)
-        gm.meta["near_misses"] = sites
-    ir.check(gm)
-    gm.recompile()
+            sites = canonicalize(gm)
+            gm.meta["near_misses"] = sites
+        ir.check(gm)
+        gm.recompile()
     return sites
 
 

@@ -13,6 +13,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,6 +21,7 @@ import torch
 from torch import fx
 
 from . import ir
+from .autocast import ambient, disabled
 from .errors import NormfuseError, Refuse
 from .report import PassRecord, Report, Site
 
@@ -194,7 +196,9 @@ def register(cls: type[Pass]) -> type[Pass]:
 
 
 def registry() -> dict[str, type[Pass]]:
-    """All known passes by name."""
+    """All known passes by name; each class carries its ``promise``."""
+    from . import alter, exact, extend  # noqa: F401  (importing them registers theirs)
+
     return dict(sorted(_REGISTRY.items()))
 
 
@@ -244,7 +248,7 @@ class PassManager:
         context: Context | None = None,
         verify: bool = False,
     ) -> None:
-        self.passes = [_instantiate(p) for p in passes]
+        self.passes = [instantiate(p) for p in passes]
         self.context = context
         self.verify = verify
 
@@ -264,11 +268,11 @@ class PassManager:
         context = self.context or Context()
         if fuel := os.environ.get(FUEL_ENV):
             context.fuel = int(fuel) if context.fuel is None else context.fuel
-        disabled = context.disabled | disabled_by_environment()
-        unknown = disabled - set(_REGISTRY)
+        disabled_passes = context.disabled | disabled_by_environment()
+        unknown = disabled_passes - set(registry())
         if unknown:
             raise NormfuseError(
-                f"cannot disable unknown passes {sorted(unknown)}; known: {sorted(_REGISTRY)}"
+                f"cannot disable unknown passes {sorted(unknown)}; known: {sorted(registry())}"
             )
         if report is None:
             report = Report()
@@ -276,6 +280,17 @@ class PassManager:
         report.device = context.device
         start = time.perf_counter()
         _record_sites(gm, report)
+        with ExitStack() as off:
+            for setting in disabled(ambient()):  # the graph's casts are explicit
+                off.enter_context(setting)
+            self._run_all(gm, context, report, disabled_passes)
+        report.seconds += time.perf_counter() - start
+        gm.recompile()
+        return gm, report
+
+    def _run_all(
+        self, gm: fx.GraphModule, context: Context, report: Report, disabled: frozenset[str]
+    ) -> None:
         for p in self.passes:
             record = PassRecord(p.name, p.promise, disabled=p.name in disabled)
             report.passes.append(record)
@@ -286,9 +301,6 @@ class PassManager:
             record.seconds = time.perf_counter() - t0
             record.applied, record.refused = len(result.applied), len(result.refused)
             _merge(report, p, result)
-        report.seconds += time.perf_counter() - start
-        gm.recompile()
-        return gm, report
 
     def _run_one(
         self, p: Pass, gm: fx.GraphModule, context: Context, report: Report
@@ -363,12 +375,18 @@ class PassManager:
         return applied[bad - 1]
 
 
-def _instantiate(p: Pass | type[Pass] | str) -> Pass:
+def instantiate(p: Any) -> Pass:
+    """A pass from an instance, a class or a registered name."""
     if isinstance(p, str):
-        if p not in _REGISTRY:
-            raise NormfuseError(f"no pass is called {p!r}; known: {sorted(_REGISTRY)}")
-        p = _REGISTRY[p]
-    return p() if isinstance(p, type) else p
+        known = registry()
+        if p not in known:
+            raise NormfuseError(f"no pass is called {p!r}; known: {sorted(known)}")
+        p = known[p]
+    if isinstance(p, type) and issubclass(p, Pass):
+        p = p()
+    if not isinstance(p, Pass):
+        raise NormfuseError(f"expected a pass, a pass class or a name, got {p!r}")
+    return p
 
 
 def _record_sites(gm: fx.GraphModule, report: Report) -> None:

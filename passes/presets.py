@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .errors import NormfuseError
-from .manager import Pass, registry
+from .manager import Pass, instantiate, registry
 
 #: Order matters: affines fold first, means go next, then the row scale moves, then linears merge.
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -30,8 +30,6 @@ def resolve(passes: str | Iterable[Any]) -> list[Pass]:
     Raises:
         NormfuseError: unknown preset or pass.
     """
-    from . import exact  # noqa: F401  (registers the passes)
-
     known = registry()
     if isinstance(passes, str):
         if passes not in PRESETS:
@@ -43,19 +41,7 @@ def resolve(passes: str | Iterable[Any]) -> list[Pass]:
             )
         options = {"fold_affine": {"copy_tied": True}} if passes == "rotation_ready" else {}
         return [known[name](**options.get(name, {})) for name in PRESETS[passes] if name in known]
-    out: list[Pass] = []
-    for p in passes:
-        if isinstance(p, str):
-            if p not in known:
-                raise NormfuseError(f"no pass is called {p!r}; known: {sorted(known)}")
-            out.append(known[p]())
-        elif isinstance(p, type) and issubclass(p, Pass):
-            out.append(p())
-        elif isinstance(p, Pass):
-            out.append(p)
-        else:
-            raise NormfuseError(f"expected a pass, a pass class or a name, got {p!r}")
-    return out
+    return [instantiate(p) for p in passes]
 
 
 def policy_of(passes: str | Iterable[Any]) -> str:

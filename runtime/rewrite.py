@@ -324,10 +324,15 @@ def _verify(
     }
 
 
-def _settings(
-    passes: Any, policy: str | None, disable: Iterable[str], verify: bool, dynamic: bool,
-    fuel: int | None,
+def make_settings(
+    passes: Any,
+    policy: str | None = None,
+    disable: Iterable[str] = (),
+    verify: bool = False,
+    dynamic: bool = True,
+    fuel: int | None = None,
 ) -> Settings:
+    """Validated settings; ``policy=None`` means what the preset implies."""
     if policy not in (None, "pays", "always"):
         raise NormfuseError(f"policy must be 'pays' or 'always', got {policy!r}")
     disable = (disable,) if isinstance(disable, str) else disable
@@ -382,7 +387,7 @@ def rewrite(
         raise NormfuseError(f"rewrite takes an nn.Module, got {type(model).__name__}")
     if weights not in ("live", "baked"):
         raise NormfuseError(f"weights must be 'live' or 'baked', got {weights!r}")
-    settings = _settings(passes, policy, disable, verify, dynamic, fuel)
+    settings = make_settings(passes, policy, disable, verify, dynamic, fuel)
     source = model if inplace else copy.deepcopy(model)
     args, kwargs = tuple(args), dict(kwargs or {})
     if weights == "baked":
@@ -422,7 +427,7 @@ def explain(
     """
     if not isinstance(model, nn.Module):
         raise NormfuseError(f"explain takes an nn.Module, got {type(model).__name__}")
-    settings = _settings(passes, policy, disable, verify, dynamic, None)
+    settings = make_settings(passes, policy, disable, verify, dynamic)
     start = time.perf_counter()
     args, kwargs = tuple(args), dict(kwargs or {})
     gm = capture(model, args, kwargs, dynamic=dynamic)

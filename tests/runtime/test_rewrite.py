@@ -1,0 +1,289 @@
+"""``normfuse.rewrite``: a module like the original, rewritten, trainable, storable, exportable."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from models import Transformer, ids, trained_like
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import normfuse
+from normfuse import CaptureError, NormfuseError
+
+WEIGHTS = ["live", "baked"]
+
+
+@pytest.fixture
+def model():
+    return trained_like(Transformer()).eval()
+
+
+def logits(m, *args, **kwargs):
+    with torch.no_grad():
+        return m(*args, **kwargs)["logits"]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_same_function_and_a_report(weights, norm):
+    model = trained_like(Transformer(norm=norm)).eval()
+    before = copy.deepcopy(model.state_dict())
+    new, report = normfuse.rewrite(model, (ids(),), weights=weights, policy="always")
+    assert report.max_relative_error <= 1e-10
+    assert report.working_error["rewritten"] <= 3 * report.working_error["eager"] + 1e-7
+    assert ("blocks.0.norm1", "fold_affine") in report.applied
+    if norm is nn.LayerNorm:
+        assert ("blocks.0.norm1", "remove_mean") in report.applied
+    for shape in ((2, 6), (3, 9)):
+        torch.testing.assert_close(logits(new, ids(*shape)), logits(model, ids(*shape)))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_state_dict_is_the_originals(model):
+    new, _ = normfuse.rewrite(model, (ids(),))
+    assert list(new.state_dict()) == list(model.state_dict())
+    assert dict(new.named_modules()).keys() >= dict(model.named_modules()).keys()
+    other = trained_like(Transformer(), seed=5).eval()
+    new.load_state_dict(other.state_dict())
+    torch.testing.assert_close(logits(new, ids()), logits(other, ids()))
+
+
+def test_weights_are_copied_unless_in_place(model):
+    new, _ = normfuse.rewrite(model, (ids(),))
+    assert new.embed.weight is not model.embed.weight
+    shared, _ = normfuse.rewrite(model, (ids(),), inplace=True)
+    assert shared.embed.weight is model.embed.weight
+
+
+def test_trains_like_the_original():
+    model = trained_like(Transformer(tied=True)).train()
+    new, _ = normfuse.rewrite(model, (ids(), ids(seed=2)), policy="always")
+    pairs = list(zip(new.named_parameters(), model.named_parameters(), strict=True))
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (new, model)]
+    for step in range(3):
+        for m, optimizer in zip((new, model), optimizers, strict=True):
+            optimizer.zero_grad()
+            m(ids(seed=step), ids(seed=step + 1))["loss"].backward()
+        for (name, a), (_, b) in pairs:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5, msg=name)
+        for optimizer in optimizers:
+            optimizer.step()
+    new.eval(), model.eval()
+    torch.testing.assert_close(logits(new, ids()), logits(model, ids()), rtol=1e-3, atol=1e-4)
+
+
+def test_one_graph_per_mode_and_dropout_only_in_training():
+    model = trained_like(Transformer(dropout=0.5))
+    new, _ = normfuse.rewrite(model.eval(), (ids(),))
+    torch.testing.assert_close(logits(new, ids()), logits(new, ids()))
+    new.train()
+    assert new.training and new.blocks[0].drop.training
+    assert not torch.equal(logits(new, ids()), logits(new, ids()))
+    assert len(new.reports) == 2
+    new.eval()
+    torch.testing.assert_close(logits(new, ids()), logits(model, ids()))
+    assert len(new.reports) == 2
+
+
+def test_dropout_draws_the_same_mask_as_eager():
+    model = trained_like(Transformer(dropout=0.5)).train()
+    new, _ = normfuse.rewrite(model, (ids(),), policy="always")
+    outputs = []
+    for m in (new, model):
+        torch.manual_seed(3)
+        outputs.append(logits(m, ids()))
+    torch.testing.assert_close(*outputs)
+
+
+def test_weight_updates_are_seen_in_inference(model):
+    new, _ = normfuse.rewrite(model, (ids(),))
+    logits(new, ids())
+    with torch.no_grad():
+        for m in (model, new):
+            m.blocks[0].norm1.weight.mul_(3)  # in place
+            m.blocks[1].up.weight = nn.Parameter(m.blocks[1].up.weight * 2)  # re-assigned
+            m.blocks[0].q.weight += m.blocks[0].k.weight @ m.blocks[0].v.weight  # LoRA-like merge
+    torch.testing.assert_close(logits(new, ids()), logits(model, ids()))
+    model.double(), new.double()
+    torch.testing.assert_close(logits(new, ids()), logits(model, ids()))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_pickle_and_deepcopy(model, weights):
+    new, report = normfuse.rewrite(model, (ids(),), weights=weights)
+    expected = logits(new, ids())
+    torch.testing.assert_close(logits(pickle.loads(pickle.dumps(new)), ids()), expected)
+    torch.testing.assert_close(logits(copy.deepcopy(new), ids()), expected)
+    assert pickle.loads(pickle.dumps(report)).to_dict() == report.to_dict()
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_safetensors_round_trip(model, weights, tmp_path):
+    new, _ = normfuse.rewrite(model, (ids(),), weights=weights)
+    expected = logits(new, ids())
+    save_file({k: v.contiguous() for k, v in new.state_dict().items()}, tmp_path / "m.safetensors")
+    with torch.no_grad():
+        for p in new.parameters():
+            p.zero_()
+    new.load_state_dict(load_file(tmp_path / "m.safetensors"))
+    torch.testing.assert_close(logits(new, ids()), expected)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_export(model, weights):
+    new, _ = normfuse.rewrite(model, (ids(),), weights=weights)
+    program = torch.export.export(new, (ids(),))
+    torch.testing.assert_close(program.module()(ids())["logits"], model(ids())["logits"])
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_compile_what_was_rewritten(model, weights):
+    new, _ = normfuse.rewrite(model, (ids(),), weights=weights)
+    compiled = torch.compile(new, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(logits(compiled, ids()), logits(model, ids()))
+
+
+def test_keyword_arguments_and_new_structures(model):
+    new, _ = normfuse.rewrite(model, (), {"ids": ids(), "labels": ids(seed=2)})
+    with torch.no_grad():
+        a, b = (m(ids=ids(), labels=ids(seed=2)) for m in (new, model))
+    torch.testing.assert_close(a, b)
+    torch.testing.assert_close(logits(new, ids()), logits(model, ids()))  # another structure
+    assert len(new.reports) == 2
+
+
+def test_autocast_outside(model):
+    new, _ = normfuse.rewrite(model, (ids(),))
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = logits(new, ids()), logits(model, ids())
+    assert a.dtype == b.dtype
+    torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-2)
+    torch.testing.assert_close(logits(new, ids()), logits(model, ids()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_no_worse_than_eager(dtype):
+    model = trained_like(Transformer(d=32)).eval().to(dtype)
+    _, report = normfuse.rewrite(model, (ids(),), policy="always")
+    assert report.applied and report.max_relative_error <= 1e-10
+    assert report.working_error["rewritten"] <= 1.5 * report.working_error["eager"]
+
+
+def test_baked_weights_are_plain_parameters(model):
+    baked, _ = normfuse.rewrite(model, (ids(),), passes="rotation_ready", weights="baked")
+    names = set(baked.state_dict())
+    assert "blocks.0.q.weight" in names and "blocks.0.norm1.weight" not in names
+    assert not torch.equal(baked.get_parameter("blocks.0.q.weight"), model.blocks[0].q.weight)
+    with pytest.raises(NormfuseError, match="captured for inputs"):
+        baked(ids(), ids())
+    with pytest.raises(NormfuseError, match="does not stand for"):
+        baked(ids().float())
+
+
+def test_code_that_cannot_be_captured_again_runs_as_it_is():
+    class Picky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.fc = nn.LayerNorm(4), nn.Linear(4, 4)
+
+        def forward(self, x, flag=None):
+            if flag is not None and x.sum() > 0:
+                return self.fc(x)
+            return self.fc(self.norm(x))
+
+    model = Picky().eval()
+    x = torch.ones(2, 4)
+    new, _ = normfuse.rewrite(model, (x,))
+    with pytest.warns(UserWarning, match="running the original"):
+        assert torch.equal(new(x, True), model(x, True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        assert torch.equal(new(x, True), model(x, True))
+
+
+def test_model_without_norms():
+    model = nn.Linear(4, 4)
+    x = torch.randn(2, 4)
+    new, report = normfuse.rewrite(model, (x,), disable="merge_linears")
+    assert torch.equal(new(x), model(x)) and not report.applied
+
+
+def test_nan_and_inf_propagate_as_in_eager(model):
+    class Head(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.norm, self.fc = inner.norm, inner.blocks[0].up
+
+        def forward(self, x):
+            return self.fc(self.norm(x))
+
+    head = Head(model).eval()
+    x = torch.randn(4, 16)
+    x[1, 2], x[2, 5] = float("nan"), float("inf")
+    new, _ = normfuse.rewrite(head, (torch.randn(4, 16),), policy="always")
+    with torch.no_grad():
+        a, b = new(x), head(x)
+    torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def test_bad_arguments(model):
+    with pytest.raises(NormfuseError, match="nn.Module"):
+        normfuse.rewrite(lambda x: x, (ids(),))
+    with pytest.raises(CaptureError, match="tuple"):
+        normfuse.rewrite(model, ids())
+    with pytest.raises(NormfuseError, match="no preset or pass"):
+        normfuse.rewrite(model, (ids(),), passes="everything")
+    with pytest.raises(NormfuseError, match="policy"):
+        normfuse.rewrite(model, (ids(),), policy="sometimes")
+    with pytest.raises(NormfuseError, match="weights"):
+        normfuse.rewrite(model, (ids(),), weights="frozen")
+
+
+def test_explain_changes_nothing_and_draws_the_stream(model):
+    before = copy.deepcopy(model.state_dict())
+    report = normfuse.explain(model, (ids(),), policy="always")
+    assert {s.key for s in report.sites} >= {"blocks.0.norm1", "blocks.1.norm2", "norm"}
+    assert report.applied and report.streams and "svg" in report.streams[0]["svg"]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_bisect_names_the_guilty_site(model, monkeypatch):
+    from normfuse.passes.exact import FoldAffine
+
+    real = FoldAffine.attempt
+
+    def sabotaged(self, context, result, key, plan):
+        def bad_plan():
+            commit = plan()
+
+            def bad_commit():
+                commit()
+                if key == "blocks.1.norm2":
+                    for node in gms[-1].graph.nodes:
+                        if node.meta.get("weight_program"):
+                            last = node
+                    with last.graph.inserting_after(last):
+                        double = last.graph.call_function(torch.ops.aten.mul.Tensor, (last, 2.0))
+                    double.meta = dict(last.meta)
+                    last.replace_all_uses_with(double, delete_user_cb=lambda u: u is not double)
+
+            return bad_commit
+
+        return real(self, context, result, key, bad_plan)
+
+    gms = []
+    run = FoldAffine.run
+
+    def remember(self, gm, context):
+        gms.append(gm)
+        return run(self, gm, context)
+
+    monkeypatch.setattr(FoldAffine, "run", remember)
+    monkeypatch.setattr(FoldAffine, "attempt", sabotaged)
+    culprit = normfuse.bisect(model, (ids(),), passes=["fold_affine"])
+    assert (culprit.pass_name, culprit.site) == ("fold_affine", "blocks.1.norm2")
+    monkeypatch.undo()
+    assert normfuse.bisect(model, (ids(),), passes=["fold_affine"]) is None
