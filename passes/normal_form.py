@@ -1,0 +1,648 @@
+"""Algebraic facts on the nodes of a graph: what each one is, in terms of a base tensor.
+
+One forward walk gives every node a value number (equal number: equal value, whatever nodes compute
+it) and, where it applies, one of these facts; ``N`` is the number of elements a statistic runs over::
+
+    Square   c·v²                          elementwise; v is a base tensor or a centered one
+    Stat     c·N^p·Σ v^k + shift           k = 1, 2; reduced over dims
+    Root     c·N^p·stat^q · gain           q = ±1/2, ±1
+    Scaled   c·N^p·v·stat^q · gain         on the way to a norm
+    Norm     the vocabulary's cast order, gain and bias
+
+Every spelling of a norm runs into the same ``Norm``; the rules below never look at more than one
+node and its arguments' facts, so operand order, overloads and the order of steps do not matter. A
+fact that would need a different function carries a ``flaw`` in words: where it becomes a complete
+norm nevertheless, it is a near miss and the flaw is the reason.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import ir
+from .ops import _opmath
+
+aten = torch.ops.aten
+
+# ---------------------------------------------------------------------------------------------
+# Facts
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor: its number, the dtype it is held in, and the node to read it from.
+
+    ``node`` may be narrower than ``dtype``: a widening cast changes no value.
+    """
+
+    number: int
+    dtype: torch.dtype
+    node: fx.Node | None
+    center: Center | None = None
+    text: str = "x"
+
+
+@dataclass(frozen=True)
+class Center:
+    """This value is ``x − mean(x, dims)``, computed in the value's dtype."""
+
+    x: Value
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Square:
+    v: Value
+    c: float
+    dtype: torch.dtype
+    text: str
+    wide: bool = False
+    flaw: str | None = None
+
+
+@dataclass(frozen=True)
+class Stat:
+    """``c·N^p·Σ v^power + shift`` over ``dims``.
+
+    ``kept`` says that the dims are kept with size 1. ``wide``: the spelling accumulates in PyTorch's
+    accumulation dtype before rounding to ``dtype`` (``var``, ``norm``).
+    """
+
+    v: Value
+    power: int
+    dims: tuple[int, ...]
+    n: Any
+    dtype: torch.dtype
+    kept: bool
+    text: str
+    c: float = 1.0
+    p: float = 0.0
+    shift: float = 0.0
+    wide: bool = False
+    flaw: str | None = None
+
+    @property
+    def is_mean(self) -> bool:
+        return self.shift == 0.0 and _is_one(self.c, self.p + 1, self.n)
+
+
+@dataclass(frozen=True)
+class Root:
+    stat: Stat
+    q: float
+    dtype: torch.dtype
+    kept: bool
+    text: str
+    c: float = 1.0
+    p: float = 0.0
+    gain: fx.Node | None = None
+    flaw: str | None = None
+
+
+@dataclass(frozen=True)
+class MeanSquared:
+    """``mean(v)²``, half of the cancelling variance formula."""
+
+    stat: Stat
+
+
+@dataclass(frozen=True)
+class Scaled:
+    v: Value
+    dtype: torch.dtype
+    text: str
+    root: Root | None = None
+    c: float = 1.0
+    p: float = 0.0
+    gain: fx.Node | None = None
+    flaw: str | None = None
+    origin: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A recognized norm in the making; ``stage`` says how far along the cast order it is.
+
+    0: normalized; 1: rounded to ``norm_dtype``; 2: gain applied; 3: bias applied; 4: rounded again;
+    5: must stay the one node it is. ``core`` is the node that normalizes, ``end`` the last node that
+    belongs to the norm.
+    """
+
+    kind: str
+    x: fx.Node
+    dims: tuple[int, ...]
+    eps: float
+    stat_dtype: torch.dtype
+    norm_dtype: torch.dtype
+    out_dtype: torch.dtype
+    core: fx.Node
+    end: fx.Node
+    text: str
+    gain: fx.Node | None = None
+    bias: fx.Node | None = None
+    stage: int = 0
+    native: bool = False
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A node that is almost a norm."""
+
+    node: fx.Node
+    x: fx.Node
+    text: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Number:
+    """A constant of the graph; ``tol`` is the relative rounding of the dtype that held it."""
+
+    value: Any
+    tol: float = 1e-12
+
+
+Fact = Square | Stat | Root | MeanSquared | Scaled | Norm | tuple
+
+# ---------------------------------------------------------------------------------------------
+# Arithmetic of constants
+
+
+def _is_one(c: float, p: float, n: Any, tol: float = 1e-12) -> bool:
+    """``c·n^p == 1``, up to the rounding of Python arithmetic."""
+    if p == 0:
+        return math.isclose(c, 1.0, rel_tol=tol)
+    if isinstance(n, int):
+        return n > 0 and math.isclose(c * float(n) ** p, 1.0, rel_tol=tol)
+    return False
+
+
+def _times(c: float, p: float, number: Number, n: Any, sign: int = 1) -> tuple[float, float] | None:
+    """``c·n^p`` times (or, with ``sign=-1``, divided by) a number, spelled with ``n`` if it is one."""
+    value = number.value
+    for e in (1.0, 0.5, -0.5, -1.0):
+        if _equals_power(value, n, e, number.tol):
+            return c, p + sign * e
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return None
+    if value == 0 or not math.isfinite(value):
+        return None
+    return (c * value if sign > 0 else c / value), p
+
+
+def _equals_power(value: Any, n: Any, e: float, tol: float) -> bool:
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        if e == 1.0:
+            return ir.same_dim(value, n)
+        if isinstance(n, int):
+            return False
+        try:
+            return ir.same_dim(value, torch.sym_float(n) ** e)
+        except (TypeError, NotImplementedError):
+            return False
+    if not isinstance(n, int) or n < 2:
+        return False
+    return math.isclose(value, float(n) ** e, rel_tol=tol)
+
+
+def widens(a: torch.dtype, b: torch.dtype) -> bool:
+    """True if every value of ``a`` is a value of ``b``."""
+    return (
+        a.is_floating_point and b.is_floating_point and (a == b or torch.promote_types(a, b) == b)
+    )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_CASTS = frozenset(
+    {
+        aten.to.dtype,
+        aten.to.dtype_layout,
+        aten.to.device,
+        aten.to.other,
+        aten._to_copy.default,
+        aten.type_as.default,
+        torch.ops.prims.convert_element_type.default,
+    }
+)
+_SAME = frozenset(
+    {
+        aten.contiguous.default,
+        aten.clone.default,
+        aten.alias.default,
+        aten.lift_fresh_copy.default,
+    }
+)
+_RESHAPES = frozenset(
+    {
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.unsqueeze.default,
+        aten.expand.default,
+        aten.expand_as.default,
+        aten.view_as.default,
+        aten.broadcast_to.default,
+    }
+)
+_SLICES = (aten.slice, aten.narrow, aten.select, aten.split, aten.split_with_sizes, aten.chunk)
+
+FLAW_ROOT_EPS = "eps is added to the root, not inside it"
+FLAW_CLAMP = "the statistic is clamped from below (max(·, eps)) where a norm adds eps"
+FLAW_UNBIASED = "the variance is unbiased (divided by d − 1, not d)"
+FLAW_CANCEL = (
+    "the variance is written E[x²] − E[x]², whose cancellation a norm does not reproduce"
+)
+
+
+def bind(node: fx.Node) -> dict[str, Any]:
+    """All arguments of a call by schema name, defaults included."""
+    out: dict[str, Any] = {}
+    for i, arg in enumerate(node.target._schema.arguments):
+        if i < len(node.args):
+            out[arg.name] = node.args[i]
+        else:
+            out[arg.name] = node.kwargs.get(arg.name, arg.default_value)
+    return out
+
+
+def is_cast(node: Any) -> bool:
+    """True for a dtype conversion that stays on its device."""
+    return (
+        ir.is_call(node, *_CASTS)
+        and isinstance(node.args[0], fx.Node)
+        and ir.is_tensor(node)
+        and ir.is_tensor(node.args[0])
+        and ir.val(node).device == ir.val(node.args[0]).device
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# The walk
+
+
+class NormalForm:
+    """Facts for every node of ``gm``; the graph is only read.
+
+    After :meth:`run`, ``facts`` holds the fact of each node, ``extended`` the nodes whose norm goes
+    on at their single reader, and ``misses`` the near misses by the node where each began.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.values: dict[fx.Node, Value] = {}
+        self.facts: dict[fx.Node, Fact] = {}
+        self.extended: set[fx.Node] = set()
+        self.misses: dict[fx.Node, Miss] = {}
+        self._numbers: dict[Hashable, int] = {}
+        self._ident: dict[fx.Node, Hashable] = {}
+        self._constants: dict[fx.Node, Number | None] = {}
+        self._weights: dict[fx.Node, bool] = {}
+
+    def run(self) -> NormalForm:
+        for node in self.gm.graph.nodes:
+            if node.op == "output":
+                continue
+            self._ident[node] = self._number(self._key(node))
+            v = node.meta.get("val")
+            if isinstance(v, torch.Tensor):
+                self._ident[node] = (self._ident[node], v.dtype)
+                self._visit(node, v)
+            elif node.op == "call_function" and ir.is_pure(node):
+                rule = _RULES.get(_packet(node))
+                fact = rule(self, node) if rule else None
+                if fact is not None:
+                    self.facts[node] = fact
+        return self
+
+    # -- value numbers ------------------------------------------------------------------------
+
+    def _number(self, key: Hashable) -> int:
+        return self._numbers.setdefault(key, len(self._numbers))
+
+    def _key(self, node: fx.Node) -> Hashable:
+        if node.op != "call_function" or not ir.is_pure(node):
+            return node
+        try:
+            key = (node.target, self._freeze(node.args), self._freeze(node.kwargs))
+            hash(key)
+        except TypeError:
+            return node
+        return key
+
+    def _freeze(self, arg: Any) -> Hashable:
+        if isinstance(arg, fx.Node):
+            return ("node", self._ident[arg])
+        if isinstance(arg, (list, tuple)):
+            return tuple(self._freeze(a) for a in arg)
+        if isinstance(arg, dict):
+            return tuple((k, self._freeze(a)) for k, a in sorted(arg.items()))
+        if isinstance(arg, slice):
+            return ("slice", *(self._freeze(a) for a in (arg.start, arg.stop, arg.step)))
+        return (type(arg), arg)
+
+    def _visit(self, node: fx.Node, v: torch.Tensor) -> None:
+        if not v.is_floating_point() or node.meta.get("mutated"):
+            return
+        number = self._ident[node][0]
+        self.values[node] = Value(number, v.dtype, node)
+        if node.op != "call_function" or not ir.is_pure(node):
+            return
+        if is_cast(node):
+            self._cast(node)
+        elif node.target in _SAME:
+            self._same(node, node.args[0])
+        elif node.target in _RESHAPES:
+            self._reshape(node)
+        else:
+            rule = _RULES.get(_packet(node))
+            fact = rule(self, node) if rule else None
+            if fact is not None:
+                self.facts[node] = fact
+                if isinstance(fact, Scaled):
+                    self._complete(node, fact)
+
+    def value(self, a: Any) -> Value | None:
+        return self.values.get(a) if isinstance(a, fx.Node) else None
+
+    def fact(self, a: Any) -> Fact | None:
+        return self.facts.get(a) if isinstance(a, fx.Node) else None
+
+    def is_weight(self, a: Any) -> bool:
+        return ir.is_tensor(a) and ir.is_weight_expr(a, self._weights)
+
+    def constant(self, a: Any) -> Number | None:
+        """``a`` as a number: a Python number, a size, or a constant 0-d tensor."""
+        if isinstance(a, (int, float)) and not isinstance(a, bool):
+            return Number(a)
+        if not isinstance(a, fx.Node):
+            return None
+        v = ir.val(a)
+        if isinstance(v, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(v, bool):
+            return Number(v)
+        if not isinstance(v, torch.Tensor) or v.dim() != 0 or a.meta.get("mutated"):
+            return None
+        if a not in self._constants:
+            self._constants[a] = self._read_constant(a)
+        return self._constants[a]
+
+    def _read_constant(self, node: fx.Node) -> Number | None:
+        t = self._evaluate(node, 8)
+        if t is None:
+            return None
+        tol = 4 * torch.finfo(t.dtype).eps if t.is_floating_point() else 1e-12
+        return Number(t.item(), max(tol, 1e-12))
+
+    def _evaluate(self, node: fx.Node, depth: int) -> torch.Tensor | None:
+        """The tensor behind a small expression of 0-d constants, or ``None``."""
+        if node.op == "get_attr":
+            if node.meta.get("kind") != "constant":
+                return None
+            t: Any = self.gm
+            for part in node.target.split("."):
+                t = getattr(t, part, None)
+            real = isinstance(t, torch.Tensor) and type(t) in (torch.Tensor, torch.nn.Parameter)
+            return t.detach() if real and t.dim() == 0 and not t.is_meta else None
+        if node.op != "call_function" or depth == 0 or not ir.is_pure(node):
+            return None
+        args = []
+        for a in node.args:
+            if isinstance(a, fx.Node):
+                t = self._evaluate(a, depth - 1) if ir.is_tensor(a) else None
+                if t is None:
+                    return None
+                args.append(t)
+            else:
+                args.append(a)
+        if any(isinstance(a, fx.Node) for a in node.kwargs.values()):
+            return None
+        try:
+            t = node.target(*args, **node.kwargs)
+        except Exception:  # an odd constant is simply not a number to us
+            return None
+        return t if isinstance(t, torch.Tensor) and t.dim() == 0 else None
+
+    # -- transparent nodes --------------------------------------------------------------------
+
+    def _extend(self, node: fx.Node, source: fx.Node, **changes: Any) -> Norm | None:
+        """The norm at ``source`` goes on at ``node``, if nobody else reads it before."""
+        norm = self.facts[source]
+        assert isinstance(norm, Norm)
+        if len(source.users) != 1:
+            return None
+        self.extended.add(source)
+        return replace(norm, out_dtype=ir.dtype(node), end=node, **changes)
+
+    def _set(self, node: fx.Node, fact: Fact | None) -> None:
+        if fact is not None:
+            self.facts[node] = fact
+
+    def _same(self, node: fx.Node, source: Any) -> None:
+        v, fact = self.value(source), self.fact(source)
+        if v is None:
+            return
+        physical = node if v.node is source else v.node
+        self.values[node] = replace(v, node=physical)
+        if isinstance(fact, Norm):
+            if fact.stage == 5 or len(source.users) != 1:
+                return
+            self.extended.add(source)  # ``end`` stays: a layout change after the norm is not its own
+        self._set(node, fact)
+
+    def _cast(self, node: fx.Node) -> None:
+        source = node.args[0]
+        v, fact, to = self.value(source), self.fact(source), ir.dtype(node)
+        if v is None:
+            return
+        if v.dtype == to:
+            self._same(node, source)
+            return
+        if widens(v.dtype, to):
+            self.values[node] = replace(v, dtype=to, center=None)
+        if isinstance(fact, Norm):
+            if ir.module_path(node) != ir.module_path(fact.core):
+                return
+            if fact.stage == 0:
+                self._set(node, self._extend(node, source, stage=1, norm_dtype=to))
+            elif fact.stage < 4:
+                self._set(node, self._extend(node, source, stage=4))
+        elif isinstance(fact, (Square, Stat, Root, Scaled)):
+            what = {Square: "square", Stat: "statistic", Root: "root", Scaled: "scaled value"}
+            flaw = (
+                f"the {what[type(fact)]} is computed in {_short(fact.dtype)} and rounded or "
+                f"carried on in {_short(to)}"
+            )
+            self._set(node, replace(fact, dtype=to, flaw=fact.flaw or flaw))
+
+    def _reshape(self, node: fx.Node) -> None:
+        source = node.args[0]
+        v, fact = self.value(source), self.fact(source)
+        if v is None:
+            return
+        if ir.same_shape(ir.shape(node), ir.shape(source)):
+            self._same(node, source)
+            return
+        if not isinstance(fact, (Stat, Root)):
+            return
+        stat = fact if isinstance(fact, Stat) else fact.stat
+        if isinstance(fact, Root) and fact.gain is not None:
+            return
+        if stat.v.node is None:
+            full = self._full_shape(stat)
+        else:
+            full = ir.shape(stat.v.node)
+        rank = len(full)
+        kept = tuple(1 if i - rank in stat.dims else s for i, s in enumerate(full))
+        if ir.same_shape(ir.shape(node), kept):
+            expands = node.target in (aten.expand.default, aten.expand_as.default)
+            if not expands or fact.kept:
+                self._set(node, replace(fact, kept=True))
+        elif fact.kept and ir.same_shape(ir.shape(node), full):
+            if ir.same_shape(ir.shape(source), kept):
+                self._set(node, fact)
+
+    @staticmethod
+    def _full_shape(stat: Stat) -> tuple:
+        assert stat.v.center is not None and stat.v.center.x.node is not None
+        return ir.shape(stat.v.center.x.node)
+
+    # -- helpers of the rules -----------------------------------------------------------------
+
+    def centered(self, x: Value, dims: tuple[int, ...], node: fx.Node | None) -> Value:
+        number = self._number(("center", x.number, dims, x.dtype))
+        return Value(number, x.dtype, node, Center(x, dims), f"({x.text}-mean({x.text}))")
+
+    def stat(self, node: fx.Node, v: Value, power: int, dims: Any, keep: bool, text: str) -> Stat:
+        base = v.node if v.node is not None else v.center.x.node  # type: ignore[union-attr]
+        full = ir.shape(base)
+        rank = len(full)
+        if dims is None or (isinstance(dims, (list, tuple)) and not dims):
+            dims = range(rank)
+        elif isinstance(dims, int):
+            dims = [dims]
+        dims = tuple(sorted({d - rank if d >= 0 else d for d in dims}))
+        n = math.prod(full[d] for d in dims)
+        dtype = ir.dtype(node) if ir.is_tensor(node) else v.dtype
+        return Stat(v, power, dims, n, dtype, bool(keep), text)
+
+    def _complete(self, node: fx.Node, s: Scaled) -> None:
+        """Where ``s`` is a whole norm, turn the fact of ``node`` into it; else note a near miss."""
+        root = s.root
+        if root is None or root.q != -0.5:
+            return
+        stat = root.stat
+        if not ir.same_shape(ir.shape(node), self._full(s.v)):
+            return
+        c, p = s.c / math.sqrt(stat.c), s.p - (stat.p + 1) / 2
+        flaw = s.flaw or root.flaw or stat.flaw
+        origin = s.origin or node
+        weight = self.is_weight(node)
+        if flaw is None and _is_one(c, p, stat.n):
+            eps = self._eps(stat)
+            if eps is not None:
+                v = s.v
+                x = v.center.x if v.center is not None else v
+                wide = _opmath(stat.v.dtype) if stat.wide else stat.v.dtype
+                assert x.node is not None
+                if weight and self._only_weight_of_a_linear(node):
+                    return
+                self.misses.pop(origin, None)
+                self.facts[node] = Norm(
+                    kind="layer_norm" if v.center is not None else "rms_norm",
+                    x=x.node,
+                    dims=stat.dims,
+                    eps=eps,
+                    stat_dtype=wide,
+                    norm_dtype=stat.v.dtype,
+                    out_dtype=ir.dtype(node),
+                    core=node,
+                    end=node,
+                    text=s.text,
+                    gain=s.gain,
+                    stage=0 if s.gain is None else 2,
+                )
+                return
+            flaw = "eps is divided by a size that is not known before the model runs"
+        if weight:
+            return
+        if _is_one(c, p + 0.5, stat.n) and not _is_one(c, p, stat.n):
+            flaw = "L2 normalization: the squares are summed, not averaged"
+        elif flaw is None:
+            k = c * float(stat.n) ** p if isinstance(stat.n, int) else c
+            flaw = f"the normalized value carries the extra constant factor {k:.6g}"
+        x = s.v.center.x if s.v.center is not None else s.v
+        self.misses[origin] = Miss(node, x.node or node, s.text, flaw)
+
+    @staticmethod
+    def _full(v: Value) -> tuple:
+        return ir.shape(v.node if v.node is not None else v.center.x.node)  # type: ignore
+
+    @staticmethod
+    def _eps(stat: Stat) -> float | None:
+        """``shift / (c·N^(p+1))``: eps once the statistic is written as a mean."""
+        if stat.shift == 0.0:
+            return 0.0
+        if stat.p == -1:
+            return stat.shift if stat.c == 1.0 else stat.shift / stat.c
+        if isinstance(stat.n, int):
+            return stat.shift / (stat.c * float(stat.n) ** (stat.p + 1))
+        return None
+
+    @staticmethod
+    def _only_weight_of_a_linear(node: fx.Node) -> bool:
+        """Weight standardization: the result is nothing but the weight of linears and convs."""
+        return bool(node.users) and all(
+            ir.is_call(u, aten.linear, aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution)
+            and u.args[0] is not node
+            for u in node.users
+        )
+
+    def gain_fits(self, gain: fx.Node, x: fx.Node, dims: tuple[int, ...]) -> fx.Node | None:
+        """``gain`` (less a needless expand) if it may be the gain of a norm of ``x`` over ``dims``.
+
+        It broadcasts to ``x`` and, unless it is a scalar, varies along the normalized dims: a factor
+        per position or per channel *outside* them is not a gain.
+        """
+        while ir.is_call(gain, aten.expand, aten.expand_as, aten.broadcast_to):
+            gain = gain.args[0]
+        if not self.is_weight(gain):
+            return None
+        full, shape = ir.shape(x), ir.shape(gain)
+        if len(shape) > len(full):
+            return None
+        sizes = {i - len(shape): s for i, s in enumerate(shape)}
+        for d, s in sizes.items():
+            if not ir.same_dim(s, 1) and not ir.same_dim(s, full[d]):
+                return None
+        varies = [d for d, s in sizes.items() if not ir.same_dim(s, 1)]
+        if varies and not any(d in dims for d in varies):
+            return None
+        return gain
+
+
+def _packet(node: fx.Node) -> Any:
+    return getattr(node.target, "overloadpacket", node.target)
+
+
+#: Rules by op packet: ``rule(form, node) -> fact``. Filled by ``normal_rules``.
+_RULES: dict[Any, Callable[[NormalForm, fx.Node], Fact | None]] = {operator.getitem: None}  # type: ignore
+
+
+def rule(*packets: Any) -> Callable:
+    """Decorator: the fact of a call to one of ``packets``."""
+
+    def register(f: Callable) -> Callable:
+        for packet in packets:
+            _RULES[packet] = f
+        return f
+
+    return register

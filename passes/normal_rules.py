@@ -1,0 +1,709 @@
+"""The rules of the normal form: the fact of one ATen call, from its arguments' facts."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import ir
+from .normal_form import (
+    _SLICES,
+    FLAW_CANCEL,
+    FLAW_CLAMP,
+    FLAW_ROOT_EPS,
+    FLAW_UNBIASED,
+    Fact,
+    MeanSquared,
+    NormalForm,
+    Norm,
+    Number,
+    Root,
+    Scaled,
+    Square,
+    Stat,
+    Value,
+    _short,
+    _times,
+    bind,
+    is_cast,
+    rule,
+    widens,
+)
+from .ops import _opmath
+
+aten = torch.ops.aten
+
+# ---------------------------------------------------------------------------------------------
+# Products
+
+
+def _inverse(fact: Fact | None) -> Root | None:
+    """``1/fact`` for a statistic or a root of one."""
+    if isinstance(fact, Stat) and fact.power == 2:
+        return Root(fact, -1.0, fact.dtype, fact.kept, f"({fact.text})")
+    if isinstance(fact, Root) and fact.gain is None:
+        text = fact.text if fact.q > 0 else f"({fact.text})"
+        return replace(fact, q=-fact.q, c=1.0 / fact.c, p=-fact.p, text=text)
+    return None
+
+
+def _raised(form: NormalForm, node: fx.Node, a: fx.Node, e: float, how: str) -> Fact | None:
+    """``a ** e``."""
+    fact, v = form.fact(a), form.value(a)
+    if e == 2.0:
+        if isinstance(fact, Root) and fact.gain is None:
+            return _power(fact, 2.0, f"{fact.text}²")
+        if isinstance(fact, Stat) and fact.power == 1:
+            return MeanSquared(fact) if fact.is_mean else None
+        if isinstance(fact, Scaled) and fact.root is None and fact.gain is None and not fact.p:
+            # a constant factor inside the square guards narrow dtypes against overflow
+            wide = abs(fact.c) != 1.0
+            return Square(fact.v, fact.c**2, fact.dtype, f"{fact.v.text}²", wide, fact.flaw)
+        return None if v is None else Square(v, 1.0, v.dtype, f"{v.text}²")
+    if isinstance(fact, Stat) and fact.power == 2 and e in (0.5, -0.5, -1.0):
+        return Root(fact, e, fact.dtype, fact.kept, f"{how}({fact.text})")
+    if isinstance(fact, Root) and fact.gain is None and e in (0.5, -0.5, -1.0):
+        return _power(fact, e, f"{how}({fact.text})")
+    return None
+
+
+def _power(root: Root, e: float, text: str) -> Fact | None:
+    if root.c < 0:
+        return None
+    return _collapsed(replace(root, q=root.q * e, c=root.c**e, p=root.p * e, text=text))
+
+
+def _collapsed(root: Root) -> Fact | None:
+    """A root to the power one is a statistic again."""
+    if root.q != 1.0:
+        return root if root.q in (0.5, -0.5, -1.0) else None
+    return _scaled_stat(root.stat, root.c, root.p, root.text, root.flaw)
+
+
+def _scaled_stat(stat: Stat, c: float, p: float, text: str, flaw: str | None) -> Stat | None:
+    shift = stat.shift * c
+    if shift and p:
+        if not isinstance(stat.n, int):
+            return None
+        shift *= float(stat.n) ** p
+    return replace(
+        stat, c=stat.c * c, p=stat.p + p, shift=shift, text=text, flaw=stat.flaw or flaw
+    )
+
+
+def _scale(
+    form: NormalForm, node: fx.Node, a: Any, number: Number, sign: int, symbol: str
+) -> Fact | None:
+    """``a`` times a number, or divided by it."""
+    fact, v = form.fact(a), form.value(a)
+    if fact is not None and getattr(fact, "dtype", None) not in (None, ir.dtype(node)):
+        return None
+    if isinstance(fact, Stat):
+        scaled = _times(1.0, 0.0, number, fact.n, sign)
+        text = f"{fact.text}{symbol}" if fact.text.endswith(")") else f"({fact.text}){symbol}"
+        return None if scaled is None else _scaled_stat(fact, *scaled, text, None)
+    if isinstance(fact, (Root, Scaled)):
+        stat = fact.stat if isinstance(fact, Root) else fact.root.stat if fact.root else None
+        scaled = _times(fact.c, fact.p, number, stat.n if stat else None, sign)
+        if scaled is None:
+            return None
+        text = fact.text if number.value == 1 else f"{fact.text}{symbol}"
+        return replace(fact, c=scaled[0], p=scaled[1], text=text)
+    if isinstance(fact, Square):
+        if isinstance(number.value, (torch.SymInt, torch.SymFloat)):
+            return None
+        return replace(fact, c=fact.c * number.value**sign)
+    if isinstance(fact, (Norm, MeanSquared)) or v is None or v.dtype != ir.dtype(node):
+        return None
+    scaled = _times(1.0, 0.0, number, None, sign)
+    return None if scaled is None else Scaled(v, v.dtype, v.text, c=scaled[0], p=scaled[1])
+
+
+def _relation(v: Value, stat: Stat) -> str | None:
+    """Empty if ``stat`` is of ``v``; a flaw if it is of a relative of ``v``; else ``None``."""
+    s = stat.v
+    if s.number == v.number:
+        if v.center is not None and v.center.dims != stat.dims:
+            return _axes(v.center.dims, stat.dims)
+        return ""
+    if s.center is not None and v.center is not None:
+        if s.center.x.number == v.center.x.number:
+            if v.center.dims != s.center.dims:
+                return _axes(v.center.dims, s.center.dims)
+            return (
+                f"the mean is removed in {_short(v.dtype)} but the variance is taken in "
+                f"{_short(s.dtype)}"
+            )
+        return None
+    if s.center is not None and s.center.x.number == v.number:
+        return "the variance is of x − mean(x), but x itself is scaled"
+    if v.center is not None and v.center.x.number == s.number:
+        return "x − mean(x) is scaled by the mean square of x, not of x − mean(x)"
+    if v.node is not None and s.node is not None:
+        part = s.node
+        if part.op == "call_function" and part.target is operator.getitem:
+            part = part.args[0]
+        if ir.is_call(part, *_SLICES) and part.args[0] is v.node:
+            return "the statistic reads only a part of the tensor it scales"
+        if (is_cast(s.node) and s.node.args[0] is v.node) or (
+            is_cast(v.node) and v.node.args[0] is s.node
+        ):
+            return (
+                f"the statistic reads the tensor in {_short(s.node.meta['val'].dtype)}, "
+                f"the scaling in {_short(v.node.meta['val'].dtype)}"
+            )
+    return None
+
+
+def _axes(mean: tuple[int, ...], square: tuple[int, ...]) -> str:
+    return f"the mean runs over dims {list(mean)}, the mean square over dims {list(square)}"
+
+
+def _aligned(stat: Stat, kept: bool) -> bool:
+    """True if the reduced tensor broadcasts back along the dims it was reduced over."""
+    if kept:
+        return True
+    base = stat.v.node if stat.v.node is not None else stat.v.center.x.node  # type: ignore
+    rank = len(ir.shape(base))
+    return tuple(stat.dims) == tuple(range(-rank, -rank + len(stat.dims)))
+
+
+def _value_times_root(
+    form: NormalForm, node: fx.Node, x: Any, root: Root, symbol: str
+) -> Scaled | None:
+    v, fact = form.value(x), form.fact(x)
+    d = ir.dtype(node)
+    if v is None:
+        return None
+    base = Scaled(v, v.dtype, v.text)
+    flaw = _relation(v, root.stat)
+    if flaw != "" and isinstance(fact, Scaled) and fact.root is None:
+        inner = _relation(fact.v, root.stat)
+        if inner is not None:
+            base, flaw = fact, inner
+    if flaw is None:
+        return None
+    if base.gain is not None and root.gain is not None:
+        return None
+    if not _aligned(root.stat, root.kept):
+        flaw = flaw or "the statistic is broadcast along another dim than it was taken over"
+    if d != root.dtype or not widens(base.dtype, d) or (base.gain and base.dtype != d):
+        flaw = flaw or (
+            f"the statistic is in {_short(root.dtype)}, the value in {_short(base.dtype)} and "
+            f"their product in {_short(d)}"
+        )
+    return Scaled(
+        base.v,
+        d,
+        f"{base.text}{symbol}{root.text}",
+        root=root,
+        c=base.c * root.c,
+        p=base.p + root.p,
+        gain=base.gain or root.gain,
+        flaw=base.flaw or flaw or None,
+        origin=node,
+    )
+
+
+def _root_times_root(node: fx.Node, a: Root, b: Root) -> Fact | None:
+    if a.stat != b.stat or a.gain is not None or b.gain is not None:
+        return None
+    q = a.q + b.q
+    text = f"{a.text}*{b.text}"
+    return _collapsed(
+        replace(a, q=q, c=a.c * b.c, p=a.p + b.p, flaw=a.flaw or b.flaw, text=text)
+    )
+
+
+def _product(form: NormalForm, node: fx.Node, a: Any, b: Any) -> Fact | None:
+    va, vb = form.value(a), form.value(b)
+    if va is None or vb is None:
+        return None
+    fa, fb = form.fact(a), form.fact(b)
+    if isinstance(fa, Root) and isinstance(fb, Root):
+        return _root_times_root(node, fa, fb)
+    for x, root in ((a, fb), (b, fa)):
+        if isinstance(root, Root):
+            scaled = _value_times_root(form, node, x, root, "*")
+            if scaled is not None:
+                return scaled
+    if va.number == vb.number:
+        if isinstance(fa, Stat):
+            return _raised(form, node, a, 2.0, "")
+        wider = va if widens(vb.dtype, va.dtype) else vb
+        return Square(wider, 1.0, ir.dtype(node), f"{va.text}²")
+    for gain, x in ((a, b), (b, a)):
+        fact = _times_gain(form, node, gain, x)
+        if fact is not None:
+            return fact
+    return None
+
+
+def _times_gain(form: NormalForm, node: fx.Node, gain: Any, x: fx.Node) -> Fact | None:
+    if not form.is_weight(gain):
+        return None
+    fact, v = form.fact(x), form.value(x)
+    d = ir.dtype(node)
+    if isinstance(fact, Norm):
+        fitting = form.gain_fits(gain, fact.x, fact.dims)
+        if fact.stage > 1 or fitting is None or not _same_as_input(node, fact):
+            return None
+        return form._extend(node, x, gain=fitting, stage=2)
+    if isinstance(fact, Root):
+        # γ·rstd first, then the value: one rounding elsewhere, harmless in wide dtypes only
+        stat = fact.stat
+        base = stat.v.node if stat.v.node is not None else stat.v.center.x.node  # type: ignore
+        fitting = form.gain_fits(gain, base, stat.dims) if base is not None else None
+        if fact.gain or fitting is None or d != fact.dtype or d != _opmath(d):
+            return None
+        return replace(fact, gain=fitting, text=f"({fact.text}*γ)")
+    if fact is None or (isinstance(fact, Scaled) and fact.gain is None):
+        base = fact if isinstance(fact, Scaled) else None
+        if base is None and v is not None and v.dtype == d == _opmath(d):
+            base = Scaled(v, d, v.text)
+        if base is None or base.dtype != d or d != _opmath(d):
+            return None
+        where = base.v.node if base.v.node is not None else base.v.center.x.node  # type: ignore
+        dims = base.root.stat.dims if base.root else tuple(range(-len(ir.shape(where)), 0))
+        fitting = form.gain_fits(gain, where, dims)
+        if fitting is None or not ir.same_shape(ir.shape(node), ir.shape(where)):
+            return None
+        return replace(base, gain=fitting, text=f"{base.text}*γ")
+    return None
+
+
+def _same_as_input(node: fx.Node, norm: Norm) -> bool:
+    return ir.same_shape(ir.shape(node), ir.shape(norm.x))
+
+
+@rule(aten.mul)
+def _mul(form: NormalForm, node: fx.Node) -> Fact | None:
+    a, b = node.args[0], node.args[1]
+    for x, other in ((a, b), (b, a)):
+        number = form.constant(other)
+        if number is not None:
+            return _scale(form, node, x, number, 1, f"*{_name(number)}")
+    return _product(form, node, a, b)
+
+
+@rule(aten.div, aten.true_divide)
+def _div(form: NormalForm, node: fx.Node) -> Fact | None:
+    if node.kwargs.get("rounding_mode") is not None:
+        return None
+    a, b = node.args[0], node.args[1]
+    number = form.constant(b)
+    if number is not None:
+        return _scale(form, node, a, number, -1, f"/{_name(number)}")
+    inverse = _inverse(form.fact(b))
+    if inverse is None or not _root_power(inverse):
+        return None
+    number = form.constant(a)
+    if number is not None:
+        scaled = _times(inverse.c, inverse.p, number, inverse.stat.n, 1)
+        if scaled is None or ir.dtype(node) != inverse.dtype:
+            return None
+        text = f"({_name(number)}/{inverse.text})"
+        return replace(inverse, c=scaled[0], p=scaled[1], text=text)
+    fa = form.fact(a)
+    if isinstance(fa, Root):
+        return _root_times_root(node, fa, inverse)
+    return _value_times_root(form, node, a, inverse, "/")
+
+
+def _root_power(root: Root) -> bool:
+    return root.q in (0.5, -0.5, -1.0)
+
+
+def _name(number: Number) -> str:
+    value = number.value
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+@rule(aten.neg)
+def _neg(form: NormalForm, node: fx.Node) -> Fact | None:
+    return _scale(form, node, node.args[0], Number(-1.0), 1, "")
+
+
+@rule(aten.square)
+def _square(form: NormalForm, node: fx.Node) -> Fact | None:
+    return _raised(form, node, node.args[0], 2.0, "square")
+
+
+@rule(aten.sqrt)
+def _sqrt(form: NormalForm, node: fx.Node) -> Fact | None:
+    return _raised(form, node, node.args[0], 0.5, "sqrt")
+
+
+@rule(aten.rsqrt)
+def _rsqrt(form: NormalForm, node: fx.Node) -> Fact | None:
+    return _raised(form, node, node.args[0], -0.5, "rsqrt")
+
+
+@rule(aten.reciprocal)
+def _reciprocal(form: NormalForm, node: fx.Node) -> Fact | None:
+    return _raised(form, node, node.args[0], -1.0, "1/")
+
+
+@rule(aten.pow)
+def _pow(form: NormalForm, node: fx.Node) -> Fact | None:
+    base, exponent = node.args[0], node.args[1]
+    e = form.constant(exponent)
+    if e is None or not isinstance(base, fx.Node) or not isinstance(e.value, (int, float)):
+        return None
+    if ir.dtype(node) != ir.dtype(base):
+        return None
+    return _raised(form, node, base, float(e.value), f"pow{e.value:g}:")
+
+
+@rule(aten.addcmul)
+def _addcmul(form: NormalForm, node: fx.Node) -> Fact | None:
+    args = bind(node)
+    bias = args["self"]
+    # rounded once at the end in narrow dtypes, where the norm's affine part rounds twice
+    if args["value"] != 1 or ir.dtype(node) != _opmath(ir.dtype(node)):
+        return None
+    for x, gain in ((args["tensor1"], args["tensor2"]), (args["tensor2"], args["tensor1"])):
+        fact = form.fact(x)
+        if not isinstance(fact, Norm) or fact.stage > 1 or not _same_as_input(node, fact):
+            continue
+        fitting = form.gain_fits(gain, fact.x, fact.dims)
+        if fitting is None or not _bias_fits(form, bias, replace(fact, gain=fitting)):
+            continue
+        return form._extend(node, x, gain=fitting, bias=bias, stage=3)
+    return None
+
+
+# ---------------------------------------------------------------------------------------------
+# Sums
+
+
+def _bias_fits(form: NormalForm, bias: Any, norm: Norm) -> bool:
+    """True if ``bias`` varies along the normalized dims alone, or just like the gain."""
+    if not form.is_weight(bias):
+        return False
+    full, shape = ir.shape(norm.x), ir.shape(bias)
+    if norm.gain is not None and ir.same_shape(shape, ir.shape(norm.gain)):
+        return True
+    if len(shape) > len(full):
+        return False
+    sizes = {i - len(shape): s for i, s in enumerate(shape)}
+    varies = [d for d, s in sizes.items() if not ir.same_dim(s, 1)]
+    fits = all(ir.same_dim(sizes[d], full[d]) and d in norm.dims for d in varies)
+    return fits and (bool(varies) or norm.gain is None or not _varies(norm.gain))
+
+
+def _varies(node: fx.Node) -> bool:
+    return any(not ir.same_dim(s, 1) for s in ir.shape(node))
+
+
+def _add_number(form: NormalForm, node: fx.Node, x: Any, number: Number, factor: float) -> Any:
+    fact = form.fact(x)
+    if isinstance(number.value, (torch.SymInt, torch.SymFloat)):
+        return None
+    if isinstance(fact, Stat) and fact.power == 2 and ir.dtype(node) == fact.dtype:
+        shift = fact.shift + factor * number.value
+        return replace(fact, shift=shift, text=f"{fact.text}+eps")
+    if isinstance(fact, Root) and number.value != 0:
+        flaw = fact.flaw or FLAW_ROOT_EPS
+        return replace(fact, flaw=flaw, text=f"({fact.text}+eps)")
+    return None
+
+
+@rule(aten.add)
+def _add(form: NormalForm, node: fx.Node) -> Fact | None:
+    args = bind(node)
+    a, b, alpha = args["self"], args["other"], args.get("alpha", 1)
+    if not isinstance(alpha, (int, float)):
+        return None
+    number = form.constant(b)
+    if number is not None:
+        return _add_number(form, node, a, number, float(alpha))
+    number = form.constant(a)
+    if number is not None:
+        return _add_number(form, node, b, number, 1.0) if alpha == 1 else None
+    if alpha != 1:
+        return None
+    for x, other in ((a, b), (b, a)):
+        fact = form.fact(x)
+        if isinstance(fact, Norm) and fact.stage <= 2 and _bias_fits(form, other, fact):
+            if _same_as_input(node, fact):
+                return form._extend(node, x, bias=other, stage=3)
+        if isinstance(fact, Stat) and fact.power == 2 and ir.is_tensor(other):
+            if ir.val(other).numel() == 1 and form.is_weight(other):
+                name = other.meta.get("fqn", other.name)
+                return replace(
+                    fact,
+                    text=f"{fact.text}+eps",
+                    flaw=fact.flaw or f"eps is the tensor {name!r}, not a number",
+                )
+    return None
+
+
+@rule(aten.sub)
+def _sub(form: NormalForm, node: fx.Node) -> Fact | None:
+    args = bind(node)
+    return _difference(form, node, args["self"], args["other"], args.get("alpha", 1))
+
+
+@rule(aten.rsub)
+def _rsub(form: NormalForm, node: fx.Node) -> Fact | None:
+    args = bind(node)
+    if args.get("alpha", 1) != 1:
+        return None
+    return _difference(form, node, args["other"], args["self"], 1)
+
+
+def _difference(form: NormalForm, node: fx.Node, a: Any, b: Any, alpha: Any) -> Fact | None:
+    """``a − alpha·b``."""
+    if not isinstance(alpha, (int, float)):
+        return None
+    number = form.constant(b)
+    if number is not None:
+        return _add_number(form, node, a, number, -float(alpha))
+    if alpha != 1:
+        return None
+    fa, fb, d = form.fact(a), form.fact(b), ir.dtype(node)
+    if isinstance(fa, Stat) and isinstance(fb, MeanSquared):
+        first = fb.stat
+        if fa.power == 2 and fa.is_mean and first.v.number == fa.v.number:
+            if first.dims == fa.dims and first.kept == fa.kept:
+                v = form.centered(replace(fa.v, dtype=d), fa.dims, None)
+                text = f"{fa.text}-mean({fa.v.text})²"
+                return replace(fa, v=v, flaw=FLAW_CANCEL, text=text)
+        return None
+    for x, mean, sign in ((a, fb, 1.0), (b, fa, -1.0)):
+        v = form.value(x)
+        if v is None or not isinstance(mean, Stat) or mean.power != 1 or not mean.is_mean:
+            continue
+        if mean.flaw or mean.v.number != v.number or not _aligned(mean, mean.kept):
+            continue
+        if mean.dtype != d or mean.v.dtype != d or not widens(v.dtype, d):
+            continue
+        if not ir.same_shape(ir.shape(node), ir.shape(x)):
+            continue
+        centered = form.centered(replace(v, dtype=d), mean.dims, node)
+        if sign > 0:
+            form.values[node] = centered
+            return None
+        return Scaled(replace(centered, node=None), d, centered.text, c=-1.0)
+    return None
+
+
+# ---------------------------------------------------------------------------------------------
+# Statistics
+
+
+def _reduced(form: NormalForm, node: fx.Node, name: str, p: float) -> Fact | None:
+    args = bind(node)
+    x, dims, keep, to = args["self"], args.get("dim"), args.get("keepdim", False), args["dtype"]
+    v, fact = form.value(x), form.fact(x)
+    if isinstance(fact, Square):
+        stat = form.stat(node, fact.v, 2, dims, keep, f"{name}({fact.text})")
+        flaw = fact.flaw
+        if ir.dtype(node) != fact.dtype or fact.dtype != fact.v.dtype:
+            flaw = flaw or (
+                f"x² is rounded to {_short(fact.dtype)} before it is averaged in "
+                f"{_short(ir.dtype(node))}"
+            )
+        return replace(stat, c=fact.c, p=p, wide=fact.wide, flaw=flaw)
+    if v is None:
+        return None
+    if to is not None and to != v.dtype:
+        if not widens(v.dtype, to):
+            return None
+        v = replace(v, dtype=to, center=None)
+    return replace(form.stat(node, v, 1, dims, keep, f"{name}({v.text})"), p=p)
+
+
+@rule(aten.mean)
+def _mean(form: NormalForm, node: fx.Node) -> Fact | None:
+    return _reduced(form, node, "mean", -1.0)
+
+
+@rule(aten.sum)
+def _sum(form: NormalForm, node: fx.Node) -> Fact | None:
+    return _reduced(form, node, "sum", 0.0)
+
+
+def _variance(form: NormalForm, node: fx.Node, name: str) -> tuple[Stat, Stat] | None:
+    """Variance and mean of the argument, as ``var`` and its kin compute them."""
+    args = bind(node)
+    v = form.value(args["self"])
+    if v is None:
+        return None
+    if "correction" in args:
+        correction = 1 if args["correction"] is None else args["correction"]
+    else:
+        correction = 1 if args["unbiased"] else 0
+    dims, keep = args.get("dim"), args.get("keepdim", False)
+    mean = replace(form.stat(node, v, 1, dims, keep, f"mean({v.text})"), p=-1.0)
+    variance = form.stat(
+        node, form.centered(v, mean.dims, None), 2, dims, keep, f"{name}({v.text})"
+    )
+    flaw = None
+    if correction == 1:
+        flaw = FLAW_UNBIASED
+    elif correction != 0:
+        flaw = f"the variance is divided by d − {correction}, not d"
+    return replace(variance, p=-1.0, wide=True, flaw=flaw), mean
+
+
+@rule(aten.var)
+def _var(form: NormalForm, node: fx.Node) -> Fact | None:
+    both = _variance(form, node, "var")
+    return both and both[0]
+
+
+@rule(aten.std)
+def _std(form: NormalForm, node: fx.Node) -> Fact | None:
+    both = _variance(form, node, "std")
+    return both and _std_root(both[0])
+
+
+def _std_root(variance: Stat) -> Root:
+    return Root(variance, 0.5, variance.dtype, variance.kept, variance.text)
+
+
+@rule(aten.var_mean)
+def _var_mean(form: NormalForm, node: fx.Node) -> Fact | None:
+    return _variance(form, node, "var")
+
+
+@rule(aten.std_mean)
+def _std_mean(form: NormalForm, node: fx.Node) -> Fact | None:
+    both = _variance(form, node, "std")
+    return both and (_std_root(both[0]), both[1])
+
+
+@rule(operator.getitem)
+def _getitem(form: NormalForm, node: fx.Node) -> Fact | None:
+    fact = form.fact(node.args[0])
+    if not isinstance(fact, tuple) or not isinstance(node.args[1], int):
+        return None
+    part = fact[node.args[1]]
+    return replace(part, core=node, end=node) if isinstance(part, Norm) else part
+
+
+@rule(aten.linalg_vector_norm, aten.linalg_norm, aten.norm, aten.frobenius_norm)
+def _vector_norm(form: NormalForm, node: fx.Node) -> Fact | None:
+    args = bind(node)
+    order = args.get("ord", args.get("p", 2))
+    dims = args.get("dim")
+    v = form.value(args["self"])
+    if v is None or order not in (None, 2, 2.0):
+        return None
+    count = len(dims) if isinstance(dims, (list, tuple)) and dims else len(ir.shape(args["self"]))
+    if count > 1 and ir.is_call(node, aten.linalg_norm) and order is not None:
+        return None  # the spectral norm
+    to = args.get("dtype")
+    if to is not None and to != v.dtype:
+        if not widens(v.dtype, to):
+            return None
+        v = replace(v, dtype=to, center=None)
+    stat = form.stat(node, v, 2, dims, args.get("keepdim", False), f"‖{v.text}‖")
+    return Root(replace(stat, wide=True), 0.5, stat.dtype, stat.kept, f"‖{v.text}‖")
+
+
+@rule(aten.linalg_vecdot)
+def _vecdot(form: NormalForm, node: fx.Node) -> Fact | None:
+    args = bind(node)
+    a, b = form.value(args["x"]), form.value(args["y"])
+    if a is None or b is None or a.number != b.number or a.dtype != b.dtype:
+        return None
+    stat = form.stat(node, a, 2, args["dim"], False, f"{a.text}·{a.text}")
+    return replace(stat, wide=True)
+
+
+@rule(aten.clamp_min, aten.clamp, aten.clip, aten.maximum, aten.relu)
+def _clamp(form: NormalForm, node: fx.Node) -> Fact | None:
+    a, *rest = node.args
+    args = bind(node)
+    if args.get("max") is not None:
+        return None
+    if ir.is_call(node, aten.relu):
+        low: Any = 0.0
+    else:
+        low = args.get("min", args.get("other"))
+    fact = form.fact(a)
+    if not isinstance(fact, (Stat, Root)):
+        a, low = low, a
+        fact = form.fact(a)
+    if not isinstance(fact, (Stat, Root)):
+        return None
+    stat = fact if isinstance(fact, Stat) else fact.stat
+    number = form.constant(low)
+    positive = stat.power == 2 and stat.c >= 0 and stat.shift >= 0 and not stat.flaw
+    if positive and number is not None and number.value == 0:
+        if isinstance(fact, Stat) or fact.c >= 0:
+            return fact  # never negative in the first place
+    return replace(fact, flaw=fact.flaw or FLAW_CLAMP, text=f"max({fact.text},eps)")
+
+
+# ---------------------------------------------------------------------------------------------
+# PyTorch's own norms
+
+
+def _native(
+    node: fx.Node, kind: str, form: NormalForm, eps: float | None, text: str
+) -> Norm | None:
+    args = bind(node)
+    x, gain, bias = args["input"], args["weight"], args.get("bias")
+    dtype = ir.dtype(x)
+    opmath = _opmath(dtype)
+    if eps is None:
+        eps = float(torch.finfo(opmath).eps)
+    if not isinstance(eps, (int, float)):
+        return None
+    v = form.value(x)
+    exact = dtype == opmath
+    if v is None:
+        stage = 5  # a tensor that is written in place: what this node reads, it must read here
+    elif bias is not None:
+        stage = 3 if exact else 4
+    elif gain is not None:
+        stage = 2 if exact else 4
+    else:
+        stage = 0 if exact else 1
+    absorbed = gain is not None or bias is not None
+    return Norm(
+        kind=kind,
+        x=v.node if v is not None and v.node is not None else x,
+        dims=tuple(range(-len(args["normalized_shape"]), 0)),
+        eps=float(eps),
+        stat_dtype=opmath,
+        norm_dtype=opmath if absorbed or exact else dtype,
+        out_dtype=dtype,
+        core=node,
+        end=node,
+        text=text,
+        gain=gain,
+        bias=bias,
+        stage=stage,
+        native=True,
+    )
+
+
+@rule(aten.layer_norm)
+def _layer_norm(form: NormalForm, node: fx.Node) -> Fact | None:
+    return _native(node, "layer_norm", form, bind(node)["eps"], "F.layer_norm")
+
+
+@rule(aten.rms_norm)
+def _rms_norm(form: NormalForm, node: fx.Node) -> Fact | None:
+    return _native(node, "rms_norm", form, bind(node)["eps"], "F.rms_norm")
+
+
+@rule(aten.native_layer_norm)
+def _native_layer_norm(form: NormalForm, node: fx.Node) -> Fact | None:
+    norm = _native(node, "layer_norm", form, bind(node)["eps"], "aten.native_layer_norm")
+    return (norm, None, None)
+
+
+@rule(aten._fused_rms_norm)
+def _fused_rms_norm(form: NormalForm, node: fx.Node) -> Fact | None:
+    norm = _native(node, "rms_norm", form, bind(node)["eps"], "aten._fused_rms_norm")
+    return (norm, None)
