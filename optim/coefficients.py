@@ -317,7 +317,8 @@ def input_scale(schedule: Schedule, dtype: torch.dtype) -> float:
     """The factor by which normalized input must shrink so that ``schedule`` is safe in ``dtype``.
 
     Safe means certified: over ``[0, scale·(1 + head room)]`` no singular value changes sign, ends
-    above :data:`MAX_GAIN`, or (at the top) almost vanishes. 1.0 for sets that need no guard; a set that no shrinking down to one half
+    above :data:`MAX_GAIN`, or (at the top) almost vanishes. 1.0 for sets that need no guard; a set
+    that no shrinking down to one half
     makes safe is refused with its band.
     """
     margin = 1 + HEAD_ROOM.get(dtype, 8e-3)

@@ -1,0 +1,332 @@
+"""``MatrixOptimizer``: what every member of the family shares.
+
+A member is an :class:`Algorithm`: defaults, checks, and a function from a group to a
+:class:`~.pipeline.Pipeline`. The base class owns everything else: routing (each group may name
+another algorithm), state (stacked per bucket, created eagerly), the step (all checks first, then one
+call per bucket), saving, loading, pickling and reports.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .buckets import Bucket, Slot, make_slots
+from .pipeline import COMPILED, Pipeline
+
+#: Scratch memory of one bucket's step before it is cut into several.
+MAX_BUCKET_BYTES = 2 * 2**30
+
+
+#: Group entries whose change never rebuilds anything.
+_LIVE = frozenset(
+    ("params", "param_names", "lr", "initial_lr", "weight_decay", "momentum", "betas", "beta2")
+)
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A member of the family: everything about it that is not shared.
+
+    Attributes:
+        name: what ``group["algorithm"]`` says.
+        pipeline: group to :class:`Pipeline`; called again when a static entry changes.
+        defaults: group entries filled in when a group names this algorithm.
+        unit: entries that must lie in ``[0, 1)``; ``positive`` ones must be at least 0.
+    """
+
+    name: str
+    pipeline: Callable[[Mapping[str, Any]], Pipeline]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    unit: tuple[str, ...] = ()
+    positive: tuple[str, ...] = ()
+
+
+#: Algorithms that a group may name, whatever the optimizer.
+ALGORITHMS: dict[str, Algorithm] = {}
+
+
+def register(algorithm: Algorithm) -> Algorithm:
+    """Make ``algorithm`` available to groups of every optimizer by its name."""
+    ALGORITHMS[algorithm.name] = algorithm
+    return algorithm
+
+
+def check_number(value: Any, what: str, low: float = 0.0, high: float = math.inf) -> None:
+    """``low <= value < high`` and not NaN; tensors must have one element (their value is not read
+    when they live on an accelerator)."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"Tensor {what} must be 1-element")
+        if value.device.type != "cpu":
+            return
+        value = float(value)
+    if not isinstance(value, (int, float)) or not low <= value < high:
+        bound = f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g})"
+        label = {"lr": "Learning rate", "weight_decay": "weight decay"}.get(what, what)
+        raise ValueError(f"{label} should be {bound} but is: {value}")
+
+
+class MatrixOptimizer(Optimizer):
+    """Base of the family; subclasses set ``algorithm`` and a constructor.
+
+    Args:
+        params: parameters, named parameters, or groups. A group may set ``algorithm`` (any
+            registered name), ``view`` (``"matrix"``, ``"flatten"``, ``"batch"``) and ``split``.
+        defaults: defaults of this optimizer's own algorithm.
+        compile: compile each bucket's step with Inductor, once per signature.
+        non_finite: what to do about matrices whose gradient holds NaN or Inf: ``"skip"`` leaves
+            the matrix and its state alone this step, ``"raise"`` raises before anything is changed,
+            ``"propagate"`` does not look.
+    """
+
+    algorithm: ClassVar[Algorithm]
+
+    _buckets: list[Bucket] | None = None
+    _layout: Any = None
+    _options: dict[str, Any]
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        *,
+        compile: bool = False,
+        non_finite: str = "skip",
+    ) -> None:
+        if non_finite not in ("skip", "raise", "propagate"):
+            raise ValueError(
+                f"non_finite must be 'skip', 'raise' or 'propagate', got {non_finite!r}"
+            )
+        self._options = {"compile": bool(compile), "non_finite": non_finite}
+        register(self.algorithm)
+        super().__init__(params, {**self._own_defaults(), **defaults})
+        self._prepare()
+
+    @classmethod
+    def _own_defaults(cls) -> dict[str, Any]:
+        return {"lr": 1e-3, "weight_decay": 0.0, **cls.algorithm.defaults}
+
+    # -- groups ------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; entries it does not set come from its algorithm's defaults."""
+        param_group = dict(param_group)
+        name = param_group.setdefault("algorithm", self.algorithm.name)
+        _algorithm(name)
+        if name != self.algorithm.name:
+            for key, value in {"lr": 1e-3, **ALGORITHMS[name].defaults}.items():
+                param_group.setdefault(key, value)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group, len(self.param_groups) - 1)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        if self._buckets is not None:
+            self._prepare()
+
+    def _check_group(self, group: dict[str, Any], number: int) -> None:
+        algorithm = _algorithm(group["algorithm"])
+        check_number(group["lr"], "lr")
+        check_number(group["weight_decay"], "weight_decay")
+        for key in algorithm.positive:
+            check_number(group[key], key)
+        for key in algorithm.unit:
+            values = group[key] if isinstance(group[key], (tuple, list)) else [group[key]]
+            for i, v in enumerate(values):
+                label = f"{key}[{i}]" if len(values) > 1 else key
+                check_number(v, label, high=1.0)
+        pipeline = algorithm.pipeline(group)
+        for i, p in enumerate(group["params"]):
+            name = _name(group, number, i)
+            if torch.is_complex(p):
+                raise ValueError(f"{name} is complex; {algorithm.name} needs real parameters")
+            if not p.is_floating_point():
+                raise ValueError(f"{name} has dtype {p.dtype}; a floating dtype is needed")
+            if p.layout != torch.strided:
+                raise ValueError(f"{name} is {p.layout}; a dense parameter is needed")
+            make_slots(p, name, group, pipeline)
+
+    # -- buckets -----------------------------------------------------------------------------------
+
+    def _layout_now(self) -> Any:
+        """What the buckets depend on; cheap enough to compare at every step."""
+        out: list[Any] = []
+        for group in self.param_groups:
+            out.append([(k, repr(v)) for k, v in group.items() if k not in _LIVE])
+            out.append([(id(p), p.shape, p.dtype, p.device) for p in group["params"]])
+        return out
+
+    def _prepare(self) -> list[Bucket]:
+        """Build or rebuild the buckets, keeping the values of existing states."""
+        buckets: list[Bucket] = []
+        for number, group in enumerate(self.param_groups):
+            pipeline = _algorithm(group["algorithm"]).pipeline(group)
+            sorted_slots: dict[Any, list[Slot]] = {}
+            for i, p in enumerate(group["params"]):
+                for slot in make_slots(p, _name(group, number, i), group, pipeline):
+                    key = (slot.stacked_shape, p.dtype, p.device)
+                    sorted_slots.setdefault(key, []).append(slot)
+            for slots in sorted_slots.values():
+                for part in _cut(slots):
+                    buckets.append(Bucket(part, pipeline, group, self.state))
+        self._buckets, self._layout = buckets, self._layout_now()
+        return buckets
+
+    def _current(self) -> list[Bucket]:
+        if (
+            self._buckets is None
+            or self._layout != self._layout_now()
+            or not all(b.intact(self.state) for b in self._buckets)
+        ):
+            return self._prepare()
+        return self._buckets
+
+    # -- the step ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One optimization step. Every check comes before the first change.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        buckets = self._current()
+        work = [(b, [i for i, s in enumerate(b.slots) if _usable(s)]) for b in buckets]
+        policy = self._options["non_finite"]
+        masked = False
+        if policy != "propagate":
+            work = [(b, self._finite(b, active, policy)) for b, active in work]
+            masked = policy == "skip"
+        for bucket, active in work:
+            bucket.update(
+                active,
+                compile=self._options["compile"],
+                masked=masked and bucket.device.type != "cpu",
+                grads=_grad,
+            )
+        return loss
+
+    def _finite(self, bucket: Bucket, active: list[int], policy: str) -> list[int]:
+        """On CPUs non-finite matrices leave the batch here; elsewhere the graph masks them, because
+        reading a flag would wait for the device."""
+        if bucket.device.type != "cpu" and policy == "skip":
+            return active
+        flags = [_all_finite(bucket.slots[i]) for i in active]
+        if policy == "raise":
+            for i, ok in zip(active, flags, strict=True):
+                if not bool(ok):
+                    raise ValueError(f"the gradient of {bucket.slots[i].name} holds NaN or Inf")
+            return active
+        return [i for i, ok in zip(active, flags, strict=True) if bool(ok)]
+
+    # -- saving, loading, copying ------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_options": dict(self._options)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._buckets = None
+        # older files and files of torch.optim classes lack entries that came later
+        for group in self.param_groups:
+            name = group.setdefault("algorithm", self.algorithm.name)
+            defaults = dict(_algorithm(name).defaults)
+            if name == self.algorithm.name:
+                defaults = {**defaults, **self.defaults}
+            for key, value in defaults.items():
+                group.setdefault(key, value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load; states keep the dtype they were saved in, bit for bit."""
+        super().load_state_dict(state_dict)
+        # torch casts every state to its parameter's dtype: put back those that lose by it
+        ids = [i for g in state_dict["param_groups"] for i in g["params"]]
+        params = [p for g in self.param_groups for p in g["params"]]
+        for number, p in zip(ids, params, strict=True):
+            for key, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor) and key in self.state.get(p, {}):
+                    if self.state[p][key].dtype != value.dtype:
+                        self.state[p][key] = value.detach().to(p.device, copy=True)
+        self._prepare()
+
+    # -- reports -----------------------------------------------------------------------------------
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of parameters, states, and the peak scratch of one step (estimated)."""
+        buckets = self._current()
+        params = {id(p): p for g in self.param_groups for p in g["params"]}
+        return {
+            "parameters": sum(p.numel() * p.element_size() for p in params.values()),
+            "state": sum(b.state_bytes() for b in buckets),
+            "scratch": max((b.scratch_bytes() for b in buckets), default=0),
+        }
+
+    def compile_report(self) -> dict[str, Any]:
+        """Compiled graphs in this process and the seconds they took."""
+        entries = COMPILED._entries.values()
+        return {"graphs": len(entries), "seconds": sum(e.seconds for e in entries)}
+
+
+def _algorithm(name: str) -> Algorithm:
+    if name not in ALGORITHMS:
+        from . import adaptive, muon, normalized, rotated  # noqa: F401  (they register)
+    if name not in ALGORITHMS:
+        raise ValueError(f"unknown algorithm {name!r}; known: {', '.join(sorted(ALGORITHMS))}")
+    return ALGORITHMS[name]
+
+
+def _name(group: Mapping[str, Any], number: int, index: int) -> str:
+    names = group.get("param_names")
+    return str(names[index]) if names else f"parameter {index} of group {number}"
+
+
+def _grad(slot: Slot) -> Tensor:
+    assert slot.param.grad is not None
+    return slot.param.grad
+
+
+def _all_finite(slot: Slot) -> Tensor:
+    grad = slot.target(_grad(slot))
+    if grad.numel() == 0:
+        return torch.ones((), dtype=torch.bool)
+    low, high = torch.aminmax(grad)  # one pass; NaN reaches both, an infinity one of them
+    return torch.isfinite(low) & torch.isfinite(high)
+
+
+def _usable(slot: Slot) -> bool:
+    """Whether this slot has a gradient; raises, by name, for one that cannot be used."""
+    p, g = slot.param, slot.param.grad
+    if g is None:
+        return False
+    if g.layout != torch.strided:
+        raise RuntimeError(f"{slot.name}: sparse gradients are not supported ({g.layout})")
+    if g.shape != p.shape or g.device != p.device:
+        raise RuntimeError(
+            f"{slot.name}: the gradient is {tuple(g.shape)} on {g.device}, the parameter "
+            f"{tuple(p.shape)} on {p.device}"
+        )
+    if g.dtype != p.dtype:
+        raise RuntimeError(f"{slot.name}: gradient in {g.dtype}, parameter in {p.dtype}")
+    return True
+
+
+def _cut(slots: list[Slot]) -> Iterable[list[Slot]]:
+    """Slots in runs whose scratch stays below the cap, all but the last of one length."""
+    r, c = slots[0].stacked_shape
+    size = 8 if slots[0].param.dtype == torch.float64 else 4
+    each = max(s.count for s in slots) * r * c * size * 4
+    length = max(1, MAX_BUCKET_BYTES // max(each, 1))
+    return [slots[i : i + length] for i in range(0, len(slots), length)]

@@ -1,0 +1,379 @@
+"""Buckets: parameters of one group and shape, with their states stacked in one tensor each.
+
+The states that a user sees in ``optimizer.state[p]`` (and saves, and loads) are views into the
+stacks. Whoever replaces such a view — ``load_state_dict``, ``deepcopy``, unpickling, a user — is
+noticed by identity at the next step, and the stacks are rebuilt from what is there.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import newton_schulz as ns
+from .pipeline import COMMON_HYPER, COMPILED, Pipeline, Tensors, make_batch, run
+from .stages import StateSpec
+
+VIEWS = ("matrix", "flatten", "batch")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter's place in a bucket, or one piece of a parameter that is split.
+
+    ``count`` consecutive matrices ``[rows, cols]``; ``turned`` ones are stored transposed.
+    """
+
+    param: Tensor
+    name: str
+    suffix: str
+    dim: int | None
+    start: int
+    length: int
+    count: int
+    rows: int
+    cols: int
+    turned: bool
+
+    def target(self, t: Tensor) -> Tensor:
+        """The part of ``t`` (the parameter, its gradient, …) this slot stands for: a view."""
+        return t if self.dim is None else t.narrow(self.dim, self.start, self.length)
+
+    def gather(self, t: Tensor) -> Tensor:
+        """``[count, r, c]`` as the bucket stacks it; a view where strides allow."""
+        part = self.target(t).reshape(self.count, self.rows, self.cols)
+        return part.mT if self.turned else part
+
+    def view(self, stacked: Tensor, spec: StateSpec | None = None) -> Tensor:
+        """Inverse of :meth:`gather` for ``stacked[count, …]``: shaped like the target."""
+        shape = self.target(self.param).shape
+        if spec is not None and spec.shape != self.stacked_shape:
+            return stacked[0] if self.count == 1 else stacked
+        return stacked[0].mT if self.turned else stacked.view(shape)
+
+    @property
+    def stacked_shape(self) -> tuple[int, int]:
+        return (self.cols, self.rows) if self.turned else (self.rows, self.cols)
+
+    def key(self, state: str) -> str:
+        return state + self.suffix
+
+
+def make_slots(p: Tensor, name: str, group: Mapping[str, Any], pipeline: Pipeline) -> list[Slot]:
+    """How a parameter becomes matrices, by the group's ``view`` and ``split``.
+
+    ``view``: ``"matrix"`` (2-D), ``"flatten"`` (``[out, everything else]``: convolutions) or
+    ``"batch"`` (leading dimensions count matrices: expert stacks). ``split``: number of equal
+    parts, or their sizes, along dimension 0; or ``(dim, parts)``.
+
+    Raises:
+        ValueError: the parameter is not what the group says, by name.
+    """
+    if not pipeline.matrix and pipeline.elementwise:
+        return [Slot(p, name, "", None, 0, 0, 1, 1, p.numel(), False)]
+    view = group.get("view", "matrix")
+    if view not in VIEWS:
+        raise ValueError(f"view must be one of {VIEWS}, got {view!r}")
+    if not pipeline.matrix:
+        rows = p.shape[0] if p.ndim > 1 else 1
+        return [Slot(p, name, "", None, 0, 0, 1, rows, p.numel() // max(rows, 1), False)]
+    if p.ndim < 2 or (p.ndim > 2 and view == "matrix"):
+        raise ValueError(
+            f"{group['algorithm']} only supports 2D parameters, but {name} has shape "
+            f"{tuple(p.shape)}; give its group view='flatten' (convolutions) or view='batch' "
+            "(stacks of matrices), or algorithm='adamw' (see normfuse.optim.param_groups)"
+        )
+    out: list[Slot] = []
+    pieces = _pieces(p, name, group.get("split"))
+    for i, (dim, start, length) in enumerate(pieces):
+        shape = list(p.shape)
+        if dim is not None:
+            shape[dim] = length
+        if view == "batch":
+            count, rows, cols = math.prod(shape[:-2]), shape[-2], shape[-1]
+        else:
+            count, rows, cols = 1, shape[0], math.prod(shape[1:])
+        turned = (
+            pipeline.transposable
+            and rows > cols
+            and len(shape) == 2
+            and (cols < ns.BLOCKED_FROM or p.device.type != "cpu")
+        )
+        suffix = "" if i == 0 else f".{i}"
+        out.append(Slot(p, name, suffix, dim, start, length, count, rows, cols, turned))
+    return out
+
+
+def _pieces(p: Tensor, name: str, split: Any) -> list[tuple[int | None, int, int]]:
+    if split is None:
+        return [(None, 0, 0)]
+    dim, parts = 0, split
+    if isinstance(split, (tuple, list)) and len(split) == 2 and isinstance(split[1], (tuple, list)):
+        dim, parts = int(split[0]), split[1]
+    size = p.shape[dim]
+    if isinstance(parts, int) and not isinstance(parts, bool):
+        if parts < 1 or size % parts:
+            raise ValueError(f"split={split}: {name} has {size} entries along dim {dim}")
+        parts = [size // parts] * parts
+    sizes = [int(v) for v in parts]
+    if any(v < 1 for v in sizes) or sum(sizes) != size:
+        raise ValueError(
+            f"split={split}: the sizes must be positive and add up to {size}, the length of {name} "
+            f"{tuple(p.shape)} along dim {dim}"
+        )
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [(dim, s, v) for s, v in zip(starts, sizes, strict=True)]
+
+
+class Bucket:
+    """Matrices of one group and stacked shape: states, constants and the step over them."""
+
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        pipeline: Pipeline,
+        group: Mapping[str, Any],
+        state: Mapping[Tensor, dict[str, Any]],
+    ) -> None:
+        self.slots = list(slots)
+        self.pipeline = pipeline
+        self.group = group
+        first = self.slots[0]
+        self.rows, self.cols = first.stacked_shape
+        self.dtype, self.device = first.param.dtype, first.param.device
+        self.total = sum(s.count for s in self.slots)
+        self.offsets = [sum(s.count for s in self.slots[:i]) for i in range(len(self.slots))]
+        self.specs = pipeline.states(self.rows, self.cols)
+        self.stacks = {k: self._new(spec) for k, spec in self.specs.items()}
+        self.step = (
+            torch.zeros(self.total, 1, 1, dtype=torch.float32, device=self.device)
+            if pipeline.counts_steps
+            else None
+        )
+        self._handed: list[tuple[Tensor, str, Tensor]] = []
+        self._bind(state)
+        self._host_steps = [0] * len(self.slots)
+        if self.periodic and self.step is not None:
+            self._host_steps = [int(self.step[o]) for o in self.offsets]
+        per_slot = [pipeline.constants(s.rows, s.cols) for s in self.slots for _ in range(s.count)]
+        self.constants = {
+            k: torch.tensor([c[k] for c in per_slot], dtype=torch.float64)
+            .to(device=self.device, dtype=self._computing())
+            .view(-1, 1, 1)
+            for k in (per_slot[0] if per_slot else {})
+        }
+        if pipeline.reads_ndim:
+            flags = [float(s.param.ndim < 2) for s in self.slots for _ in range(s.count)]
+            self.constants["is_vector"] = torch.tensor(
+                flags, device=self.device, dtype=self._computing()
+            ).view(-1, 1, 1)
+        scalar = torch.float64 if self.device.type in ("cpu", "cuda") else torch.float32
+        names = (*COMMON_HYPER, *pipeline.hyper)
+        self.hyper = {k: torch.zeros((), dtype=scalar, device=self.device) for k in _expand(names)}
+
+    @property
+    def periodic(self) -> bool:
+        return any(s.period for s in self.pipeline.stages)
+
+    def _computing(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def _state_dtype(self, spec: StateSpec) -> torch.dtype:
+        if spec.dtype is None or self.dtype == torch.float64:
+            return self.dtype
+        return spec.dtype
+
+    def _new(self, spec: StateSpec) -> Tensor:
+        shape = (self.total, *spec.shape)
+        dtype = self._state_dtype(spec)
+        if spec.fill == "eye":
+            eye = torch.eye(*spec.shape, dtype=dtype, device=self.device)
+            return eye.expand(shape).contiguous()
+        return torch.full(shape, float(spec.fill), dtype=dtype, device=self.device)
+
+    # -- states as the user sees them --------------------------------------------------------------
+
+    def _bind(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Copy what the optimizer's state already holds into the stacks, and hand out views."""
+        for slot, offset in zip(self.slots, self.offsets, strict=True):
+            span = slice(offset, offset + slot.count)
+            for name, spec in self.specs.items():
+                self._bind_one(
+                    slot, slot.key(name), slot.view(self.stacks[name][span], spec), state
+                )
+            if self.step is not None:
+                view = self.step[offset].view(())
+                old = state[slot.param].get("step") if slot.param in state else None
+                if old is not None:
+                    self.step[span] = float(old)
+                if not slot.suffix:
+                    state[slot.param]["step"] = view
+                    self._handed.append((slot.param, "step", view))
+
+    def _bind_one(
+        self, slot: Slot, key: str, view: Tensor, state: Mapping[Tensor, dict[str, Any]]
+    ) -> None:
+        old = state[slot.param].get(key) if slot.param in state else None
+        if isinstance(old, Tensor):
+            if old.shape == view.shape:
+                view.copy_(old)
+            elif old.numel() == view.numel() and old.numel():
+                view.copy_(old.reshape(view.shape))
+            else:
+                warnings.warn(
+                    f"{slot.name}: its state {key!r} has shape {tuple(old.shape)}, but "
+                    f"{tuple(view.shape)} is needed now; it starts afresh",
+                    stacklevel=2,
+                )
+        state[slot.param][key] = view
+        self._handed.append((slot.param, key, view))
+
+    def intact(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether every view handed out is still the state the optimizer holds."""
+        return all(p in state and state[p].get(k) is v for p, k, v in self._handed)
+
+    # -- the step ------------------------------------------------------------------------------------
+
+    def fill_hyper(self) -> None:
+        """Copy the group's current numbers into the tensors the step reads."""
+        for name in (*COMMON_HYPER, *self.pipeline.hyper):
+            value = self.group[name]
+            if name == "betas":
+                self.hyper["beta1"].fill_(value[0])
+                self.hyper["beta2"].fill_(value[1])
+            elif isinstance(value, Tensor):
+                self.hyper[name].copy_(value.reshape(()))
+            else:
+                self.hyper[name].fill_(float(value))
+
+    def update(
+        self,
+        active: Sequence[int],
+        *,
+        compile: bool,
+        masked: bool,
+        grads: Callable[[Slot], Tensor],
+        apply: bool = True,
+    ) -> None:
+        """One step for the slots ``active``; the others are not touched."""
+        if not active or self.rows * self.cols == 0:
+            return
+        self.fill_hyper()
+        slots = [self.slots[i] for i in active]
+        grad = _stack([s.gather(grads(s)) for s in slots])
+        whole = len(slots) == len(self.slots)
+        index = None
+        if whole:
+            states, step, constants = self.stacks, self.step, self.constants
+        else:
+            rows = [self.offsets[i] + k for i in active for k in range(self.slots[i].count)]
+            index = torch.tensor(rows, device=self.device)
+            states = {k: v[index] for k, v in self.stacks.items()}
+            step = None if self.step is None else self.step[index]
+            constants = {k: v[index] for k, v in self.constants.items()}
+        param = None
+        if self.pipeline.reads_param:
+            param = _stack([s.gather(s.param) for s in slots])
+        tensors = Tensors(grad, states, self.hyper, constants, step, param)
+        if self.periodic:
+            self._refresh(active, tensors)
+        if compile and whole:
+            update, decay = COMPILED.get(self.pipeline, tensors, masked)(tensors)
+        else:
+            # a part of a bucket is a rare step of a changing size: it is not worth a compilation
+            update, decay = run(self.pipeline, tensors, masked)
+        if index is not None:
+            for k, v in self.stacks.items():
+                v[index] = states[k]
+            if self.step is not None and step is not None:
+                self.step[index] = step
+        if apply:
+            self._apply(slots, update, decay)
+
+    def _refresh(self, active: Sequence[int], t: Tensors) -> None:
+        """Run the stages' rare work on the matrices for which it is due."""
+        for stage in self.pipeline.stages:
+            if not stage.period:
+                continue
+            due, row = [], 0
+            for i in active:
+                count = self.slots[i].count
+                if self._host_steps[i] % stage.period == 0:
+                    due += range(row, row + count)
+                row += count
+            if due:
+                index = torch.tensor(due, device=self.device)
+                part = Tensors(
+                    t.grad[index],
+                    {k: v[index] for k, v in t.state.items()},
+                    t.hyper,
+                    {k: v[index] for k, v in t.constants.items()},
+                    None if t.step is None else t.step[index],
+                    None if t.param is None else t.param[index],
+                )
+                for key, value in stage.refresh(make_batch(part)).items():
+                    t.state[key][index] = value.to(t.state[key].dtype)
+        for i in active:
+            self._host_steps[i] += 1
+
+    def _apply(self, slots: Sequence[Slot], update: Tensor, decay: Tensor | None) -> None:
+        """``p ← p·decay + update`` (or the other order), each matrix in place."""
+        targets = [s.target(s.param) for s in slots]
+        pieces = update.split([s.count for s in slots])
+        updates = [s.view(u) for s, u in zip(slots, pieces, strict=True)]
+        factors: Any
+        if decay is not None:
+            per = decay.to(self._computing()).flatten().split([s.count for s in slots])
+            factors = [f[0] for f in per]
+        else:
+            rate = self.hyper["lr"] * self.hyper["weight_decay"] * self.pipeline.decay_factor
+            factors = None if _is_zero(self.group["weight_decay"]) else 1 - rate
+        if self.pipeline.decay_order == "after":
+            torch._foreach_add_(targets, updates)
+        if factors is not None:
+            if self.pipeline.cautious:
+                one = torch.ones_like(factors if isinstance(factors, Tensor) else factors[0])
+                for i, (t, u) in enumerate(zip(targets, updates, strict=True)):
+                    f = factors[i] if isinstance(factors, list) else factors
+                    t.mul_(torch.where(u * t <= 0, f, one))
+            elif isinstance(factors, list):
+                for t, f in zip(targets, factors, strict=True):
+                    t.mul_(f)
+            else:
+                torch._foreach_mul_(targets, factors)
+        if self.pipeline.decay_order != "after":
+            torch._foreach_add_(targets, updates)
+
+    # -- bookkeeping -----------------------------------------------------------------------------------
+
+    def state_bytes(self) -> int:
+        own = sum(v.numel() * v.element_size() for v in self.stacks.values())
+        return own + (0 if self.step is None else 4 * self.total)
+
+    def scratch_bytes(self) -> int:
+        """Estimated peak of one step besides parameters, gradients and states."""
+        size = torch.finfo(self._computing()).bits // 8
+        return 4 * self.total * self.rows * self.cols * size
+
+
+def _is_zero(value: Any) -> bool:
+    return not isinstance(value, Tensor) and value == 0
+
+
+def _expand(names: Sequence[str]) -> list[str]:
+    out: list[str] = []
+    for n in names:
+        out += ["beta1", "beta2"] if n == "betas" else [n]
+    return out
+
+
+def _stack(parts: list[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0].contiguous()
+    return torch.cat(parts)

@@ -1,0 +1,212 @@
+"""A pipeline: stages plus what surrounds them, run eagerly or traced once and compiled.
+
+The step of one bucket is a function of stacked tensors: gradients, states, hyper-parameters and
+constants in; the signed update (``-lr·direction``) out; states rewritten in place. ``CompiledStep``
+traces it to one graph with fake tensors and hands it to Inductor: no Dynamo, hence no guards, no
+recompilation when a learning rate moves, and nothing that depends on how many parameters there are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .stages import Batch, Stage, StateSpec
+
+#: Hyper-parameters that every pipeline has as tensors.
+COMMON_HYPER = ("lr", "weight_decay")
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What an algorithm does to one group.
+
+    Attributes:
+        stages: applied in order to the gradient.
+        hyper: names of the group's entries, besides ``lr`` and ``weight_decay``, that stages read as
+            0-d tensors; ``betas`` becomes ``beta1`` and ``beta2``.
+        decay_order: ``"before"`` (``p·(1-lr·λ) - u``) or ``"after"`` (``(p - u)·(1-lr·λ)``).
+        decay_factor: further factor on ``lr·λ`` (an algorithm that decays with a scaled rate).
+        cautious: decay only entries where the update shrinks them.
+        matrix: needs matrices; otherwise any shape.
+    """
+
+    stages: tuple[Stage, ...]
+    hyper: tuple[str, ...] = ()
+    decay_order: str = "before"
+    decay_factor: float = 1.0
+    cautious: bool = False
+    matrix: bool = True
+
+    @property
+    def transposable(self) -> bool:
+        return all(s.transposable for s in self.stages)
+
+    @property
+    def elementwise(self) -> bool:
+        return all(s.elementwise for s in self.stages)
+
+    @property
+    def reads_param(self) -> bool:
+        return any(s.reads_param for s in self.stages)
+
+    @property
+    def counts_steps(self) -> bool:
+        return any(s.counts_steps for s in self.stages)
+
+    @property
+    def reads_ndim(self) -> bool:
+        return any(s.reads_ndim for s in self.stages)
+
+    def states(self, rows: int, cols: int) -> dict[str, StateSpec]:
+        return {k: v for s in self.stages for k, v in s.states(rows, cols).items()}
+
+    def constants(self, rows: int, cols: int) -> dict[str, float]:
+        return {k: v for s in self.stages for k, v in s.constants(rows, cols).items()}
+
+
+@dataclass
+class Tensors:
+    """The stacked tensors of one bucket's step; see :class:`~.stages.Batch` for the shapes."""
+
+    grad: Tensor
+    state: dict[str, Tensor]
+    hyper: dict[str, Tensor]
+    constants: dict[str, Tensor]
+    step: Tensor | None
+    param: Tensor | None
+
+    def flatten(self) -> tuple[list[Tensor], tuple[Any, ...]]:
+        optional = [t for t in (self.step, self.param) if t is not None]
+        parts = [self.grad, *self.state.values(), *self.hyper.values(), *self.constants.values()]
+        layout = (
+            tuple(self.state),
+            tuple(self.hyper),
+            tuple(self.constants),
+            self.step is not None,
+            self.param is not None,
+        )
+        return parts + optional, layout
+
+    @staticmethod
+    def unflatten(flat: list[Tensor] | tuple[Tensor, ...], layout: tuple[Any, ...]) -> Tensors:
+        items = iter(flat)
+        grad = next(items)
+        state, hyper, constants = ({k: next(items) for k in names} for names in layout[:3])
+        step = next(items) if layout[3] else None
+        return Tensors(grad, state, hyper, constants, step, next(items) if layout[4] else None)
+
+
+def computing_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Stages compute in float32 for half-precision parameters, else in the parameter's dtype."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def finite_mask(grad: Tensor) -> Tensor:
+    """``[B, 1, 1]``: which matrices hold only finite numbers (one pass, no overflow)."""
+    return torch.isfinite(grad.abs().amax((-2, -1), keepdim=True))
+
+
+def make_batch(t: Tensors, ok: Tensor | None = None) -> Batch:
+    """What the first stage sees; matrices outside the mask ``ok`` have zero gradients."""
+    dtype = computing_dtype(t.grad.dtype)
+    grad = t.grad.to(dtype)
+    if ok is not None:
+        grad = torch.where(ok, grad, 0.0)
+    return Batch(
+        update=grad,
+        grad=grad,
+        param=None if t.param is None else t.param.to(dtype),
+        state={k: v.to(computing_dtype(v.dtype)) for k, v in t.state.items()},
+        hyper=t.hyper,
+        constants=t.constants,
+        step=None if t.step is None else t.step + 1,
+    )
+
+
+def run(pipeline: Pipeline, t: Tensors, masked: bool) -> tuple[Tensor, Tensor | None]:
+    """One step of a bucket: rewrites ``t.state`` and ``t.step`` in place.
+
+    Args:
+        masked: matrices with non-finite gradients are left alone, by selection inside the graph.
+
+    Returns:
+        ``(update, decay)``: ``[B, r, c]`` to be added to the parameters, in their dtype, and the
+        factors ``[B, 1, 1]`` to multiply them by, or None when all decay alike.
+    """
+    ok = finite_mask(t.grad) if masked else None
+    batch = make_batch(t, ok)
+    for stage in pipeline.stages:
+        batch = stage(batch)
+    update = batch.update * (-t.hyper["lr"])
+    decay = batch.decay
+    if decay is not None:
+        rate = t.hyper["lr"] * t.hyper["weight_decay"] * pipeline.decay_factor
+        decay = 1 - rate * decay
+    if ok is not None:
+        update = torch.where(ok, update, 0.0)
+        decay = None if decay is None else torch.where(ok, decay, 1.0)
+    for key, old in t.state.items():
+        new = batch.state[key].to(old.dtype)
+        old.copy_(new if ok is None else torch.where(ok, new, old))
+    if t.step is not None:
+        t.step.add_(1 if ok is None else ok.to(t.step.dtype))
+    return update.to(t.grad.dtype), decay
+
+
+class CompiledStep:
+    """``run`` for one signature, traced and compiled; call it with the same ``Tensors`` layout."""
+
+    def __init__(self, pipeline: Pipeline, example: Tensors, masked: bool) -> None:
+        from torch._inductor.compile_fx import compile_fx
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        began = time.perf_counter()
+        flat, self.layout = example.flatten()
+        layout = self.layout
+
+        def traced(*args: Tensor) -> tuple[Tensor, ...]:
+            t = Tensors.unflatten(args, layout)
+            update, decay = run(pipeline, t, masked)
+            return (update,) if decay is None else (update, decay)
+
+        with torch.no_grad():
+            self.graph = make_fx(traced, tracing_mode="fake")(*flat)
+            self._call = compile_fx(self.graph, flat)
+        self.seconds = time.perf_counter() - began
+
+    def __call__(self, t: Tensors) -> tuple[Tensor, Tensor | None]:
+        flat, _ = t.flatten()
+        out = self._call(*flat)
+        return out[0], (out[1] if len(out) > 1 else None)
+
+
+class CompileCache:
+    """Compiled steps by signature, least recently used dropped; shared by a process's optimizers."""
+
+    def __init__(self, size: int = 256) -> None:
+        self.size = size
+        self._entries: OrderedDict[Any, CompiledStep] = OrderedDict()
+        self.misses = 0
+
+    def get(self, pipeline: Pipeline, t: Tensors, masked: bool) -> CompiledStep:
+        flat, layout = t.flatten()
+        meta = tuple((x.shape, x.stride(), x.dtype, x.device) for x in flat)
+        key = (pipeline, layout, meta, masked)
+        found = self._entries.get(key)
+        if found is None:
+            self.misses += 1
+            found = self._entries[key] = CompiledStep(pipeline, t, masked)
+            if len(self._entries) > self.size:
+                self._entries.popitem(last=False)
+        else:
+            self._entries.move_to_end(key)
+        return found
+
+
+COMPILED = CompileCache()

@@ -1,0 +1,430 @@
+"""Stages: what optimizers are made of. A stage is a pure function on a batch of same-shape matrices.
+
+A stage takes a :class:`Batch` and returns a new one; it reads and replaces ``update`` and its own
+entries of ``state``, never writes into a tensor, and never branches on a value (data-dependent
+choices are ``torch.where``), so any list of stages can be traced and compiled. Stages are frozen
+dataclasses: their fields are static and enter the compile cache's key, while hyper-parameters that a
+scheduler may move are 0-d tensors in ``Batch.hyper``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from . import polar
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One state tensor per matrix: trailing ``shape``, initial value, dtype.
+
+    ``fill`` is a number or ``"eye"``; ``dtype=None`` means the parameter's, else that dtype whatever
+    the parameter's (statistics that half precision would ruin).
+    """
+
+    shape: tuple[int, int]
+    fill: float | str = 0.0
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What flows through the stages; ``B`` matrices of one shape ``[r, c]``.
+
+    Attributes:
+        update: ``[B, r, c]``, the direction so far (descent is ``-update``); starts as the gradient.
+        grad: ``[B, r, c]``, the gradient, in the computing dtype.
+        param: ``[B, r, c]`` if a stage reads parameters, else None.
+        state: name to ``[B, *spec.shape]``, in the computing dtype.
+        hyper: name to 0-d tensor: ``lr``, ``weight_decay`` and the algorithm's own.
+        constants: name to ``[B, 1, 1]``: per-matrix numbers fixed by the original shape.
+        step: ``[B, 1, 1]``, number of this step from 1, if a stage counts steps.
+        decay: ``[B, 1, 1]`` multiplier of the weight decay of each matrix, None for 1.
+    """
+
+    update: Tensor
+    grad: Tensor
+    param: Tensor | None
+    state: Mapping[str, Tensor]
+    hyper: Mapping[str, Tensor]
+    constants: Mapping[str, Tensor]
+    step: Tensor | None = None
+    decay: Tensor | None = None
+
+    def with_(self, update: Tensor, **state: Tensor) -> Batch:
+        """This batch with a new update and the named states replaced."""
+        return replace(self, update=update, state={**self.state, **state})
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Base class. Subclasses are frozen dataclasses implementing ``__call__``.
+
+    Class attributes: ``elementwise`` (each entry on its own: needs no matrix), ``transposable``
+    (commutes with transposition, so a shape and its transpose may share a batch), ``reads_param``,
+    ``counts_steps``, ``reads_ndim`` (wants the constant ``is_vector``: 1 for 0-D and 1-D parameters).
+    """
+
+    elementwise: ClassVar[bool] = False
+    transposable: ClassVar[bool] = False
+    reads_param: ClassVar[bool] = False
+    counts_steps: ClassVar[bool] = False
+    reads_ndim: ClassVar[bool] = False
+
+    @property
+    def period(self) -> int | None:
+        """Every so many steps :meth:`refresh` runs first, outside any graph; None: never."""
+        return None
+
+    def refresh(self, batch: Batch) -> dict[str, Tensor]:
+        """New values of states, computed rarely and eagerly (a singular value decomposition)."""
+        return {}
+
+    def states(self, rows: int, cols: int) -> dict[str, StateSpec]:
+        return {}
+
+    def constants(self, rows: int, cols: int) -> dict[str, float]:
+        """Numbers fixed by the matrix's original (untransposed) shape."""
+        return {}
+
+    def __call__(self, batch: Batch) -> Batch:
+        raise NotImplementedError
+
+
+# -- momentum --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Momentum(Stage):
+    """Heavy ball (``buf = μ·buf + g``) or average (``ema``: ``buf += (1-μ)(g - buf)``), Nesterov.
+
+    Nesterov blends once more: ``g + μ·buf`` or ``g + μ·(buf - g)``.
+    """
+
+    style: str = "ema"
+    nesterov: bool = True
+    elementwise: ClassVar[bool] = True
+    transposable: ClassVar[bool] = True
+
+    def states(self, rows: int, cols: int) -> dict[str, StateSpec]:
+        return {"momentum_buffer": StateSpec((rows, cols))}
+
+    def __call__(self, batch: Batch) -> Batch:
+        g, mu = batch.update, batch.hyper["momentum"]
+        buf = batch.state["momentum_buffer"]
+        if self.style == "ema":
+            buf = buf + (1 - mu) * (g - buf)
+            out = g + mu * (buf - g) if self.nesterov else buf
+        else:
+            buf = mu * buf + g
+            out = g + mu * buf if self.nesterov else buf
+        return batch.with_(out, momentum_buffer=buf)
+
+
+# -- denoise ---------------------------------------------------------------------------------------
+
+
+def abs_quantile(x: Tensor, q: float) -> Tensor:
+    """``quantile(|x|, q)`` per matrix with linear interpolation, ``[B, 1, 1]``; any size.
+
+    ``kthvalue`` instead of ``torch.quantile``, which sorts and refuses more than 16 M entries.
+    """
+    flat = x.abs().flatten(1)
+    position = q * (flat.shape[1] - 1)
+    low = math.floor(position)
+    first = flat.kthvalue(low + 1, dim=1).values
+    if low + 1 < flat.shape[1] and position > low:
+        # the next order statistic: the smallest entry above ``first``, unless ``first`` is repeated
+        # beyond the position
+        above = torch.where(flat > first[:, None], flat, math.inf).amin(1)
+        repeated = (flat <= first[:, None]).sum(1) > low + 1
+        second = torch.where(repeated, first, above)
+        first = first + (position - low) * (second - first)
+    return first[:, None, None]
+
+
+@dataclass(frozen=True)
+class ClipOutliers(Stage):
+    """ROOT's soft-threshold residual: entries are clamped to the ``quantile`` of their magnitudes."""
+
+    quantile: float = 0.9
+    eps: float = 1e-9
+    transposable: ClassVar[bool] = True
+
+    def __call__(self, batch: Batch) -> Batch:
+        bound = abs_quantile(batch.update, self.quantile) + self.eps
+        return batch.with_(torch.maximum(torch.minimum(batch.update, bound), -bound))
+
+
+# -- direction -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Orthogonalize(Stage):
+    """Newton–Schulz polar factor of every matrix; see :func:`normfuse.optim.orthogonalize`."""
+
+    settings: polar.Settings
+    transposable: ClassVar[bool] = True
+
+    def __call__(self, batch: Batch) -> Batch:
+        return batch.with_(polar.apply_settings(batch.update, self.settings))
+
+
+@dataclass(frozen=True)
+class UnitFrobenius(Stage):
+    """``u / ‖u‖_F`` per matrix, 0 for 0."""
+
+    eps: float = 0.0
+    transposable: ClassVar[bool] = True
+
+    def __call__(self, batch: Batch) -> Batch:
+        norm = frobenius(batch.update)
+        return batch.with_(batch.update * safe_inverse(norm, self.eps))
+
+
+@dataclass(frozen=True)
+class DivideByCosh(Stage):
+    """AuON's contrast: divide by ``RMS(cosh(factor·u)) + eps`` over the matrix."""
+
+    factor: float = 1.0
+    eps: float = 1e-8
+    transposable: ClassVar[bool] = True
+
+    def __call__(self, batch: Batch) -> Batch:
+        u = batch.update
+        # cosh(x)² = (1 + cosh 2x)/2 = 1 + sinh²x; the second form keeps q-1 ~ 1/(2N) exact
+        excess = torch.sinh(self.factor * u).square().mean((-2, -1), keepdim=True)
+        return batch.with_(u / (torch.sqrt(1 + excess) + self.eps))
+
+
+@dataclass(frozen=True)
+class NormalizeLines(Stage):
+    """Scale each row (``dim=-1``) or column (``dim=-2``) to RMS 1; zero lines stay zero."""
+
+    dim: int = -1
+    eps: float = 1e-8
+
+    def __call__(self, batch: Batch) -> Batch:
+        u = batch.update
+        rms = u.square().mean(self.dim, keepdim=True).sqrt()
+        return batch.with_(u / rms.clamp(min=self.eps))
+
+
+@dataclass(frozen=True)
+class Sinkhorn(Stage):
+    """Alternate row and column RMS normalization, ``iterations`` times, ending with columns.
+
+    The matrix is kept as ``diag(r)·G·diag(c)``: every half iteration only reads ``G²`` (one
+    matrix–vector product) and the result is written once.
+    """
+
+    iterations: int = 5
+    eps: float = 1e-8
+
+    def __call__(self, batch: Batch) -> Batch:
+        u = batch.update
+        rows, cols = u.shape[-2:]
+        # Entries spread over many orders of magnitude: squares are taken of u/max|u|.
+        peak = u.abs().amax((-2, -1), keepdim=True)
+        unit = u * safe_inverse(peak)
+        square = unit.square()
+        r = torch.ones_like(unit[..., :1])
+        c = torch.ones_like(unit[..., :1, :])
+        for _ in range(self.iterations):
+            norm = r * torch.matmul(square, c.square().mT).sqrt()
+            r = r * self._gain(norm, cols)
+            norm = c * torch.matmul(r.square().mT, square).sqrt()
+            c = c * self._gain(norm, rows)
+        return batch.with_(unit * r * c)
+
+    def _gain(self, norm: Tensor, length: int) -> Tensor:
+        # a zero line keeps its factor: growing it every iteration would end in inf·0
+        return torch.where(norm > 0, math.sqrt(length) / norm.clamp(min=self.eps), 1.0)
+
+
+@dataclass(frozen=True)
+class StandardizeRows(Stage):
+    """SWAN's GradNorm: subtract each row's mean and divide by its (population) deviation."""
+
+    eps: float = 1e-8
+
+    def __call__(self, batch: Batch) -> Batch:
+        u = batch.update
+        centred = u - u.mean(-1, keepdim=True)
+        deviation = centred.square().mean(-1, keepdim=True).sqrt()
+        return batch.with_(centred / (deviation + self.eps))
+
+
+@dataclass(frozen=True)
+class Whiten(Stage):
+    """``(u·uᵀ)^{-1/2}·u`` by the coupled Newton iteration, rescaled to the norm of ``u``.
+
+    Done on the shorter side, where the inverse root exists for matrices of full rank; the result
+    (the polar factor) is the same.
+    """
+
+    iterations: int = 10
+    restore_norm: bool = True
+
+    def __call__(self, batch: Batch) -> Batch:
+        u = batch.update
+        norm = frobenius(u)
+        x = u * safe_inverse(norm)
+        tall = x.shape[-2] > x.shape[-1]
+        gram = x.mT @ x if tall else x @ x.mT
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+        y, z = gram, eye
+        for _ in range(self.iterations):
+            t = 3 * eye - z @ y
+            y, z = 0.5 * (y @ t), 0.5 * (t @ z)
+        out = x @ z if tall else z @ x
+        if self.restore_norm:
+            out = out * (norm * safe_inverse(frobenius(out)))
+        return batch.with_(out)
+
+
+# -- second moment ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NormalizeSecondMoment(Stage):
+    """NorMuon: divide lines by the running RMS of the direction, then restore its Frobenius norm.
+
+    Args:
+        reduce: ``"cols"`` averages over the last dimension (one number per row, the released code),
+            ``"rows"`` over the first, ``"short"`` over the shorter one (modded-nanogpt).
+        form: ``"code"`` restores the norm from before; ``"paper"`` makes the update's RMS 0.2.
+    """
+
+    reduce: str = "cols"
+    form: str = "code"
+    eps: float = 1e-10
+
+    def _dim(self, rows: int, cols: int) -> int:
+        if self.reduce == "short":
+            return -1 if rows >= cols else -2
+        return -1 if self.reduce == "cols" else -2
+
+    def states(self, rows: int, cols: int) -> dict[str, StateSpec]:
+        shape = (rows, 1) if self._dim(rows, cols) == -1 else (1, cols)
+        return {"second_momentum_buffer": StateSpec(shape, dtype=torch.float32)}
+
+    def __call__(self, batch: Batch) -> Batch:
+        o, beta2 = batch.update, batch.hyper["beta2"]
+        dim = self._dim(*o.shape[-2:])
+        mean = o.square().mean(dim, keepdim=True)
+        v = batch.state["second_momentum_buffer"]
+        v = v + (1 - beta2) * (mean - v)
+        s = 1 / (v.sqrt() + self.eps)
+        # ‖o·s‖² from the line means: no second pass over the matrix
+        length = o.shape[dim]
+        after = (mean * s.square()).sum((-2, -1), keepdim=True).mul(length).sqrt()
+        if self.form == "code":
+            before = mean.sum((-2, -1), keepdim=True).mul(length).sqrt()
+            restore = before / (after + self.eps)
+        else:
+            restore = 0.2 * math.sqrt(o.shape[-2] * o.shape[-1]) * safe_inverse(after)
+        return batch.with_(o * (s * restore), second_momentum_buffer=v)
+
+
+# -- scale -----------------------------------------------------------------------------------------
+
+#: Factor on the learning rate by matrix shape ``(rows, cols)``.
+SCALE_RULES: dict[str, Callable[[int, int], float]] = {
+    "original": lambda r, c: math.sqrt(max(1.0, r / c)),
+    "match_rms_adamw": lambda r, c: 0.2 * math.sqrt(max(r, c)),
+    "spectral": lambda r, c: math.sqrt(r / c),
+    "none": lambda r, c: 1.0,
+}
+
+
+@dataclass(frozen=True)
+class Scale(Stage):
+    """Multiply by a constant and by the rule's factor for the matrix's shape."""
+
+    rule: str = "none"
+    factor: float = 1.0
+    elementwise: ClassVar[bool] = True
+    transposable: ClassVar[bool] = True
+
+    def constants(self, rows: int, cols: int) -> dict[str, float]:
+        if self.rule == "none":
+            return {}
+        return {f"scale_{self.rule}": self.factor * SCALE_RULES[self.rule](rows, cols)}
+
+    def __call__(self, batch: Batch) -> Batch:
+        if self.rule == "none":
+            return batch.with_(batch.update * self.factor) if self.factor != 1.0 else batch
+        return batch.with_(batch.update * batch.constants[f"scale_{self.rule}"])
+
+
+@dataclass(frozen=True)
+class UnitSpectral(Stage):
+    """Divide by an estimate of the largest singular value (power iteration from the row norms)."""
+
+    iterations: int = 2
+    transposable: ClassVar[bool] = True
+
+    def __call__(self, batch: Batch) -> Batch:
+        u = batch.update
+        tall = u.shape[-2] > u.shape[-1]
+        x = u.mT if tall else u
+        norm = frobenius(x)
+        x = x * safe_inverse(norm)
+        gram = x @ x.mT
+        # start: the heaviest row of the Gram matrix, which is never orthogonal to the top vector
+        heaviest = gram.square().sum(-1).argmax(-1)
+        v = gram.gather(-2, heaviest[:, None, None].expand(-1, 1, gram.shape[-1])).mT
+        for _ in range(self.iterations):
+            v = v * safe_inverse(v.norm(dim=-2, keepdim=True))
+            v = gram @ v
+        top = v.norm(dim=-2, keepdim=True).sqrt()
+        return batch.with_(u * (safe_inverse(norm) * safe_inverse(top)))
+
+
+@dataclass(frozen=True)
+class UnitRMS(Stage):
+    """Scale each matrix to RMS ``target``; zero stays zero."""
+
+    target: float = 0.2
+    transposable: ClassVar[bool] = True
+
+    def __call__(self, batch: Batch) -> Batch:
+        u = batch.update
+        size = math.sqrt(u.shape[-2] * u.shape[-1])
+        return batch.with_(u * (safe_inverse(frobenius(u)) * (self.target * size)))
+
+
+# -- helpers ---------------------------------------------------------------------------------------
+
+
+def frobenius(x: Tensor) -> Tensor:
+    """``[B, 1, 1]`` Frobenius norms, free of overflow and underflow for every finite input."""
+    if x.dtype == torch.float64:
+        return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    return norm.to(x.dtype)
+
+
+def safe_inverse(x: Tensor, eps: float = 0.0) -> Tensor:
+    """``1/max(x, eps)``, and 0 where ``x`` is 0 (below the smallest normal number)."""
+    tiny = torch.finfo(x.dtype).tiny
+    usable = x >= tiny
+    return torch.where(usable, 1 / torch.where(usable, x, 1.0).clamp(min=eps), 0.0)
+
+
+def describe(stages: tuple[Stage, ...]) -> str:
+    """One line per stage, for reports and error messages."""
+    return " → ".join(_short(s) for s in stages)
+
+
+def _short(stage: Any) -> str:
+    name = type(stage).__name__
+    fields = [f"{k}={v!r}" for k, v in vars(stage).items() if not isinstance(v, polar.Settings)]
+    return f"{name}({', '.join(fields)})"
