@@ -440,6 +440,6 @@ def explain(
 
 
 def _draw_streams(gm: fx.GraphModule) -> list[dict[str, str]]:
-    from ..passes.residual import drawings
+    from ..passes.residual import streams
 
-    return drawings(gm)
+    return [stream.drawing() for stream in streams(gm)]
