@@ -1,0 +1,514 @@
+"""Linear layers in the IR: recognizing them, combining their weights, rebuilding them.
+
+Every op that maps features linearly through a weight we own becomes one :class:`Linear`, whatever
+its spelling: ``aten.linear``, ``addmm`` (weight ``[in, out]``), ``mm``/``matmul``, stacks of expert
+matrices, convolutions of any rank with groups. The passes never look at a spelling again.
+
+Weights may be expressions already (:func:`ir.is_weight_expr`), so passes compose: combined weights
+are computed in ``context.fold_dtype`` and rounded once, also after several passes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from . import ir
+
+if TYPE_CHECKING:
+    from .manager import Context
+
+aten = torch.ops.aten
+nf = torch.ops.normfuse
+
+_KEEP: Any = object()
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer: ``result = input · weight (+ bias)``.
+
+    All dims are negative.
+
+    Attributes:
+        node: the op itself.
+        input, weight, bias: its operands. ``weight`` is a weight expression for every layout but
+            ``"linear"``, ``"addmm"``, ``"scaled_linear"`` and convolutions, where callers check;
+            ``bias`` may be any tensor that is added to the result.
+        layout: ``"linear"``, ``"scaled_linear"``, ``"addmm"``, ``"mm"``, ``"matmul"``, ``"bmm"``,
+            ``"baddbmm"``, ``"grouped_mm"``, ``"conv"`` or ``"conv_transpose"``.
+        in_dim, out_dim: dims of ``weight`` that hold the input and output features.
+        feature_in, feature_out: dims of ``input`` and of the result that hold the features.
+        groups: of a convolution.
+        pads: a convolution that adds zeros around its input (or a transposed one): a constant
+            input does not give a constant result.
+    """
+
+    node: fx.Node
+    input: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    layout: str
+    in_dim: int
+    out_dim: int
+    feature_in: int = -1
+    feature_out: int = -1
+    groups: int = 1
+    pads: bool = False
+
+    @property
+    def in_features(self) -> Any:
+        """Size of the input's feature dim."""
+        return ir.shape(self.input)[self.feature_in]
+
+    @property
+    def out_features(self) -> Any:
+        """Size of the result's feature dim."""
+        return ir.shape(self.node)[self.feature_out]
+
+    @property
+    def stacked(self) -> bool:
+        """True for a stack of matrices (experts)."""
+        return "conv" not in self.layout and len(ir.shape(self.weight)) > 2
+
+    @property
+    def owned(self) -> bool:
+        """True if weight and bias are weight expressions, so that new ones can be computed."""
+        return is_weight(self.weight) and (self.bias is None or is_weight(self.bias))
+
+    def rebuild(self, *, input: Any = _KEEP, weight: Any = _KEEP, bias: Any = _KEEP) -> fx.Node:
+        """Replace operands in place; what is not given stays. Returns the node of the result.
+
+        A bias for an op without a slot for one changes the op (``mm`` becomes ``addmm``) or adds
+        an ``aten.add`` behind it, which then is the returned node: ``self.node`` in either case,
+        so that users need no redirection.
+        """
+        node = self.node
+        input = self.input if input is _KEEP else input
+        weight = self.weight if weight is _KEEP else weight
+        bias = self.bias if bias is _KEEP else bias
+        if self.layout in ("linear", "scaled_linear", "conv", "conv_transpose"):
+            set_args(node, input=input, x=input, weight=weight, bias=bias)
+        elif self.layout in ("addmm", "mm"):
+            node.target = aten.mm.default if bias is None else aten.addmm.default
+            node.args = (input, weight) if bias is None else (bias, input, weight)
+            node.kwargs = {}
+        elif self.layout in ("bmm", "baddbmm"):
+            node.target = aten.bmm.default if bias is None else aten.baddbmm.default
+            node.args = (input, weight) if bias is None else (bias, input, weight)
+            node.kwargs = {}
+        else:
+            args = (input, weight, *node.args[2:])
+            if bias is None:
+                node.args = args
+            else:
+                with node.graph.inserting_before(node):
+                    inner = ir.emit(node.graph, node.target, *args, like=node, **node.kwargs)
+                node.target, node.args, node.kwargs = aten.add.Tensor, (inner, bias), {}
+        ir.set_val(node)
+        return node
+
+
+def set_args(node: fx.Node, **changes: Any) -> None:
+    """Set arguments by schema name (names the op does not have are ignored)."""
+    schema = node.target._schema.arguments
+    given = {a.name: v for a, v in zip(schema, node.args, strict=False)}
+    given.update(node.kwargs)
+    names = {a.name for a in schema}
+    given.update({k: v for k, v in changes.items() if k in names})
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for a in schema:
+        if a.name in given and not a.kwarg_only and len(args) == schema.index(a):
+            args.append(given[a.name])
+        elif a.name in given and given[a.name] != a.default_value:
+            kwargs[a.name] = given[a.name]
+    node.args, node.kwargs = tuple(args), kwargs
+
+
+def named_args(node: fx.Node) -> dict[str, Any]:
+    """All arguments by schema name, defaults filled in."""
+    schema = node.target._schema.arguments
+    out = {a.name: a.default_value for a in schema}
+    out.update({a.name: v for a, v in zip(schema, node.args, strict=False)})
+    out.update(node.kwargs)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------
+# Matching
+
+# Whether a node is a weight expression does not change while a graph lives: passes replace operands
+# of activations by other activations. One memo per graph keeps matching linear in graph size.
+_memos: weakref.WeakKeyDictionary[fx.Graph, dict[fx.Node, bool]] = weakref.WeakKeyDictionary()
+
+
+def is_weight(node: Any) -> bool:
+    """:func:`ir.is_weight_expr`, remembered per graph."""
+    if not isinstance(node, fx.Node):
+        return False
+    memo = _memos.get(node.graph)
+    if memo is None:
+        memo = _memos[node.graph] = {}
+    return ir.is_weight_expr(node, memo)
+
+
+def match_linear(node: Any) -> Linear | None:
+    """The linear layer that ``node`` computes, or ``None``.
+
+    Operands that are activations on both sides (attention scores) are not linear layers; for
+    ``aten.linear``, ``addmm`` and convolutions the second operand is called the weight whatever it
+    is, see :attr:`Linear.owned`.
+    """
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return None
+    rule = _MATCHERS.get(getattr(node.target, "overloadpacket", None))
+    if rule is None or node.meta.get("mutated") or not ir.is_tensor(node):
+        return None
+    if not ir.dtype(node).is_floating_point:
+        return None
+    return rule(node)
+
+
+def _floats(*nodes: Any) -> bool:
+    return all(ir.is_tensor(n) and ir.dtype(n).is_floating_point for n in nodes)
+
+
+def _rank(node: fx.Node) -> int:
+    return len(ir.shape(node))
+
+
+def _match_linear(node: fx.Node) -> Linear | None:
+    a = named_args(node)
+    if not _floats(a["input"], a["weight"]) or _rank(a["weight"]) != 2:
+        return None
+    return Linear(node, a["input"], a["weight"], a["bias"], "linear", -1, -2)
+
+
+def _match_scaled_linear(node: fx.Node) -> Linear | None:
+    a = named_args(node)
+    return Linear(node, a["x"], a["weight"], a["bias"], "scaled_linear", -1, -2)
+
+
+def _match_addmm(node: fx.Node) -> Linear | None:
+    a = named_args(node)
+    if node.target is not aten.addmm.default or a["beta"] != 1 or a["alpha"] != 1:
+        return None
+    if is_weight(a["mat1"]):
+        return None
+    return Linear(node, a["mat1"], a["mat2"], a["self"], "addmm", -2, -1)
+
+
+def _match_baddbmm(node: fx.Node) -> Linear | None:
+    a = named_args(node)
+    if node.target is not aten.baddbmm.default or a["beta"] != 1 or a["alpha"] != 1:
+        return None
+    if not is_weight(a["batch2"]) or is_weight(a["batch1"]):
+        return None
+    return Linear(node, a["batch1"], a["batch2"], a["self"], "baddbmm", -2, -1)
+
+
+def _match_product(layout: str) -> Any:
+    def match(node: fx.Node) -> Linear | None:
+        if len(node.args) < 2:
+            return None
+        x, w = node.args[:2]
+        if not _floats(x, w) or not is_weight(w) or is_weight(x) or _rank(w) < 2:
+            return None
+        if _rank(w) > 2 and _rank(x) < 2:
+            return None  # the result of a vector times a stack has another rank
+        return Linear(node, x, w, None, layout, -2, -1)
+
+    return match
+
+
+def _match_grouped_mm(node: fx.Node) -> Linear | None:
+    a = named_args(node)
+    x, w = a["self"], a["mat2"]
+    if not is_weight(w) or is_weight(x) or _rank(x) != 2 or _rank(w) != 3:
+        return None
+    return Linear(node, x, w, a["bias"], "grouped_mm", -2, -1)
+
+
+def _match_conv(node: fx.Node) -> Linear | None:
+    a = named_args(node)
+    x, w = a["input"], a["weight"]
+    if not _floats(x, w):
+        return None
+    spatial = _rank(w) - 2
+    transposed = a.get("transposed", "conv_transpose" in str(node.target))
+    padding = a["padding"]
+    if isinstance(padding, str):
+        pads = padding != "valid" and any(k != 1 for k in ir.shape(w)[2:])
+    else:
+        padding = [padding] if isinstance(padding, int) else padding
+        pads = any(not (isinstance(p, int) and p == 0) for p in padding)
+    features = -spatial - 1
+    dims = (features - 1, features) if transposed else (features, features - 1)
+    return Linear(
+        node,
+        x,
+        w,
+        a["bias"],
+        "conv_transpose" if transposed else "conv",
+        *dims,
+        features,
+        features,
+        a["groups"],
+        bool(transposed) or pads,
+    )
+
+
+_MATCHERS: dict[Any, Any] = {
+    aten.linear: _match_linear,
+    nf.scaled_linear: _match_scaled_linear,
+    aten.addmm: _match_addmm,
+    aten.baddbmm: _match_baddbmm,
+    aten.mm: _match_product("mm"),
+    aten.bmm: _match_product("bmm"),
+    aten.matmul: _match_product("matmul"),
+    aten.conv1d: _match_conv,
+    aten.conv2d: _match_conv,
+    aten.conv3d: _match_conv,
+    aten.convolution: _match_conv,
+    aten.conv_transpose1d: _match_conv,
+    aten.conv_transpose2d: _match_conv,
+    aten.conv_transpose3d: _match_conv,
+}
+if hasattr(aten, "_grouped_mm"):
+    _MATCHERS[aten._grouped_mm] = _match_grouped_mm
+
+
+# ---------------------------------------------------------------------------------------------
+# Weights
+
+_VIEWS = (
+    aten.t,
+    aten.transpose,
+    aten.permute,
+    aten.view,
+    aten.reshape,
+    aten.detach,
+    aten.alias,
+    aten.to,
+    aten._to_copy,
+)
+
+
+def leaf_of(weight: fx.Node) -> fx.Node:
+    """The tensor behind views and casts of a weight (``weight`` itself if it is computed)."""
+    while ir.is_call(weight, *_VIEWS):
+        weight = weight.args[0]
+    return weight
+
+
+def table_user(weight: fx.Node) -> fx.Node | None:
+    """The embedding that reads the same parameter as ``weight`` (a tied head), if there is one."""
+    stack = [leaf_of(weight)]
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            if ir.is_call(user, aten.embedding, aten.embedding_bag) and user.args[0] is node:
+                return user
+            if ir.is_call(user, *_VIEWS):
+                stack.append(user)
+    return None
+
+
+class WeightBuilder:
+    """Emits weight expressions, each only once per graph.
+
+    Work happens in ``context.fold_dtype``; :meth:`finish` rounds to the dtype a weight had.
+
+    Args:
+        graph: where to emit.
+        context: decides the working dtype.
+    """
+
+    def __init__(self, graph: fx.Graph, context: Context) -> None:
+        self.graph, self.context = graph, context
+        self._known: dict[Any, fx.Node] = {}
+        # weights may precede the graph's inputs, computations must not
+        self._start = next((n for n in reversed(graph.nodes) if n.op == "placeholder"), None)
+
+    def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call of the weight program (the same call twice is one node)."""
+        key = (target, _frozen(args), _frozen(kwargs))
+        found = self._known.get(key)
+        if found is None:
+            like = next(a for a in args if isinstance(a, fx.Node))
+            with self.graph.inserting_after(self._last(args)):
+                found = ir.emit(self.graph, target, *args, like=like, weight=True, **kwargs)
+            self._known[key] = found
+        return found
+
+    def _last(self, args: Sequence[Any]) -> fx.Node:
+        """The node behind which an expression of ``args`` may stand."""
+        nodes = [a for a in args if isinstance(a, fx.Node)]
+        return max(nodes if self._start is None else [*nodes, self._start])
+
+    def work_dtype(self, *tensors: fx.Node) -> torch.dtype:
+        return self.context.fold_dtype(*(ir.dtype(t) for t in tensors))
+
+    def work(self, tensor: fx.Node, *others: fx.Node) -> fx.Node:
+        """``tensor`` in the working dtype, without the rounding that an earlier pass ended with."""
+        dtype = self.work_dtype(tensor, *others)
+        if ir.is_call(tensor, aten.to.dtype) and tensor.meta.get("weight_program"):
+            wide = ir.dtype(tensor.args[0])
+            if torch.promote_types(wide, ir.dtype(tensor)) == wide:
+                tensor = tensor.args[0]
+        return self.cast(tensor, dtype)
+
+    def cast(self, tensor: fx.Node, dtype: torch.dtype) -> fx.Node:
+        if ir.dtype(tensor) == dtype:
+            return tensor
+        return self.emit(aten.to.dtype, tensor, dtype)
+
+    def finish(self, tensor: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """Round a finished expression; :meth:`work` of a later pass looks behind this rounding."""
+        return self.cast(tensor, dtype)
+
+    # -- shapes of vectors -------------------------------------------------------------------
+
+    def vector(self, tensor: fx.Node, dims: Sequence[int], sizes: Sequence[int]) -> fx.Node:
+        """``tensor`` as a vector over the features that lie in ``dims`` (negative, ascending).
+
+        Args:
+            tensor: broadcastable to a value whose ``dims`` have ``sizes``; constant along its
+                other dims.
+        """
+        shape = ir.shape(tensor)
+        kept = [shape[d] if -d <= len(shape) else 1 for d in dims]
+        if list(shape) != kept:
+            tensor = self.emit(aten.reshape.default, tensor, kept)
+        if kept != list(sizes):
+            tensor = self.emit(aten.expand.default, tensor, list(sizes))
+        return tensor if len(kept) == 1 else self.emit(aten.reshape.default, tensor, [-1])
+
+    def tile(self, vector: fx.Node, outer: int, inner: int) -> fx.Node:
+        """``[n]`` to ``[outer·n·inner]``, constant along the outer and inner factors."""
+        if outer == 1 and inner == 1:
+            return vector
+        n = ir.shape(vector)[0]
+        cube = self.emit(aten.reshape.default, vector, [1, n, 1])
+        cube = self.emit(aten.expand.default, cube, [outer, n, inner])
+        return self.emit(aten.reshape.default, cube, [outer * n * inner])
+
+    def along(self, vector: fx.Node, dim: int) -> fx.Node:
+        """A vector, broadcastable along the negative ``dim``."""
+        if dim == -1 or not ir.shape(vector):
+            return vector
+        return self.emit(aten.reshape.default, vector, [-1] + [1] * (-dim - 1))
+
+    # -- the algebra ---------------------------------------------------------------------------
+    # Weights and vectors are in the working dtype on the way in and on the way out.
+
+    def scale_in(self, linear: Linear, weight: fx.Node, gain: fx.Node) -> fx.Node:
+        """``W·diag(gain)``: the weight of ``x → W (gain ⊙ x)``; ``gain`` is ``[in]`` or ``[]``."""
+        if linear.layout == "conv" and linear.groups > 1 and ir.shape(gain):
+            shape = list(ir.shape(weight))
+            n = shape[1]
+            cube = self.emit(aten.reshape.default, weight, [linear.groups, -1, *shape[1:]])
+            g = self.emit(
+                aten.reshape.default, gain, [linear.groups, 1, n] + [1] * (len(shape) - 2)
+            )
+            cube = self.emit(aten.mul.Tensor, cube, g)
+            return self.emit(aten.reshape.default, cube, shape)
+        return self.emit(aten.mul.Tensor, weight, self.along(gain, linear.in_dim))
+
+    def scale_out(self, linear: Linear, weight: fx.Node, scale: fx.Node) -> fx.Node:
+        """``diag(scale)·W``; ``scale`` is ``[out]`` or ``[]``."""
+        if linear.layout == "conv_transpose" and linear.groups > 1 and ir.shape(scale):
+            shape = list(ir.shape(weight))
+            cube = self.emit(aten.reshape.default, weight, [linear.groups, -1, *shape[1:]])
+            s = self.emit(
+                aten.reshape.default, scale, [linear.groups, 1, -1] + [1] * (len(shape) - 2)
+            )
+            cube = self.emit(aten.mul.Tensor, cube, s)
+            return self.emit(aten.reshape.default, cube, shape)
+        return self.emit(aten.mul.Tensor, weight, self.along(scale, linear.out_dim))
+
+    def response(self, linear: Linear, weight: fx.Node, shift: fx.Node) -> fx.Node:
+        """``W·shift``: what a constant ``[in]`` added to the input adds to the result.
+
+        ``[out]``; for a stack of matrices ``[…, 1, out]``. Not defined for ``linear.pads``.
+        """
+        if linear.layout == "conv":
+            dims = list(range(2, len(ir.shape(weight))))
+            if dims:
+                weight = self.emit(aten.sum.dim_IntList, weight, dims)
+            if linear.groups > 1:
+                n = ir.shape(weight)[1]
+                weight = self.emit(aten.reshape.default, weight, [linear.groups, -1, n])
+                shift = self.emit(aten.reshape.default, shift, [linear.groups, n, 1])
+                return self.emit(
+                    aten.reshape.default, self.emit(aten.matmul.default, weight, shift), [-1]
+                )
+            return self.emit(aten.mv.default, weight, shift)
+        if linear.stacked:
+            row = self.emit(aten.reshape.default, shift, [1, -1])
+            return self.emit(aten.matmul.default, row, weight)
+        if linear.in_dim == -2:
+            weight = self.emit(aten.t.default, weight)
+        return self.emit(aten.mv.default, weight, shift)
+
+    # -- whole layers --------------------------------------------------------------------------
+
+    def fold_in(
+        self, linear: Linear, gain: fx.Node | None, shift: fx.Node | None
+    ) -> tuple[fx.Node, fx.Node | None]:
+        """Weight and bias of ``x → W (gain ⊙ x + shift) + b``, each rounded once.
+
+        ``gain`` and ``shift`` are vectors over ``linear``'s input features (``gain`` may be 0-d).
+        """
+        extra = [t for t in (gain, shift) if t is not None]
+        old = self.work(linear.weight, *extra)
+        weight, bias = linear.weight, linear.bias
+        if gain is not None:
+            new = self.scale_in(linear, old, self.work(gain, old))
+            weight = self.finish(new, ir.dtype(linear.weight))
+        if shift is not None:
+            added = self.response(linear, old, self.work(shift, old))
+            if bias is None:
+                bias = self.finish(added, ir.dtype(linear.weight))
+            else:
+                dtype = ir.dtype(bias)
+                total = self.emit(aten.add.Tensor, self.work(bias, old), added)
+                bias = self.finish(total, dtype)
+        return weight, bias
+
+    def fold_out(
+        self, linear: Linear, scale: fx.Node | None, shift: fx.Node | None
+    ) -> tuple[fx.Node, fx.Node | None]:
+        """Weight and bias of ``x → scale ⊙ (W x + b) + shift``, each rounded once.
+
+        ``scale`` and ``shift`` are vectors over the output features (or 0-d).
+        """
+        extra = [t for t in (scale, shift) if t is not None]
+        weight, bias = linear.weight, linear.bias
+        work = self.work(weight, *extra)
+        if scale is not None:
+            new = self.scale_out(linear, work, self.work(scale, work))
+            weight = self.finish(new, ir.dtype(linear.weight))
+        total = None if bias is None else self.work(bias, work)
+        if total is not None and scale is not None:
+            total = self.emit(aten.mul.Tensor, total, self.work(scale, work))
+        if shift is not None:
+            added = self.work(shift, work)
+            total = added if total is None else self.emit(aten.add.Tensor, total, added)
+        if total is not None and total is not bias:
+            bias = self.finish(total, ir.dtype(linear.weight if bias is None else bias))
+        return weight, bias
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, dict):
+        return tuple(sorted((k, _frozen(v)) for k, v in value.items()))
+    if isinstance(value, (list, tuple)):
+        return tuple(_frozen(v) for v in value)
+    return (type(value), value) if isinstance(value, (bool, int, float)) else value
