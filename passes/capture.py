@@ -48,7 +48,8 @@ def capture(
         model: a module, a plain callable, an ``ExportedProgram`` or an ``fx.GraphModule``.
         args, kwargs: example inputs, as the user would call the model. Not needed for an exported
             program.
-        dynamic: keep the tensor dims symbolic where the model allows it.
+        dynamic: keep the tensor dims symbolic where the model allows it (of inputs with four or
+            more dims, the first only).
         canonical: also rewrite every spelling of a norm into the vocabulary.
 
     Returns:
@@ -146,14 +147,22 @@ def _register_cache_pytrees() -> None:
     if "transformers" not in sys.modules:
         return
     try:
+        from transformers import cache_utils
         from transformers.integrations import executorch
     except Exception:
         return
     register = getattr(executorch, "register_dynamic_cache_export_support", None)
-    if register is None:
-        return
-    with contextlib.suppress(ValueError):  # registered already, by the user or by us
-        register()
+    if register is not None:
+        with contextlib.suppress(ValueError):  # registered already, by the user or by us
+            register()
+    pair = getattr(cache_utils, "EncoderDecoderCache", None)
+    if pair is not None and pair not in pytree.SUPPORTED_NODES:
+        pytree.register_pytree_node(
+            pair,
+            lambda c: ([c.self_attention_cache, c.cross_attention_cache], None),
+            lambda children, _: pair(*children),
+            serialized_type_name=f"{pair.__module__}.{pair.__name__}",
+        )
 
 
 def export(
@@ -199,7 +208,9 @@ def _auto_dims(args: tuple, kwargs: dict[str, Any]) -> torch.export.ShapesCollec
     shapes = torch.export.ShapesCollection()
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, torch.Tensor) and leaf.dim():
-            shapes[leaf] = {i: torch.export.Dim.AUTO for i in range(leaf.dim())}
+            # images and volumes: the batch varies; symbolic heights and widths make tracing crawl
+            dims = range(1 if leaf.dim() >= 4 else leaf.dim())
+            shapes[leaf] = {i: torch.export.Dim.AUTO for i in dims}
     return shapes
 
 
@@ -260,6 +271,7 @@ def from_exported(program: torch.export.ExportedProgram) -> fx.GraphModule:
         if node.op == "placeholder":
             new.meta["kind"] = "input"
             new.meta["fqn"] = next(in_names, node.name)
+    _placeholders_first(graph)
     graph._codegen = module.graph._codegen
     gm.graph = graph
     for name, tensor in (*parameters.items(), *buffers.items()):
@@ -269,6 +281,16 @@ def from_exported(program: torch.export.ExportedProgram) -> fx.GraphModule:
     gm.meta["range_constraints"] = {str(k): str(v) for k, v in program.range_constraints.items()}
     _drop_dead_lifts(gm)
     return gm
+
+
+def _placeholders_first(graph: fx.Graph) -> None:
+    """Weight expressions go right behind the weights, which must not be ahead of the inputs."""
+    first = next(iter(graph.nodes))
+    for node in graph.find_nodes(op="placeholder"):
+        if node is not first:
+            first.prepend(node)
+        else:
+            first = node.next
 
 
 def _input_names(program: torch.export.ExportedProgram) -> list[str]:

@@ -2,4 +2,10 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from .compress_zero_mean import CompressZeroMean
+from .fold_affine import FoldAffine
+from .fold_batch_norm import FoldBatchNorm
+from .fuse_residual_norm import FuseResidualNorm
+from .remove_mean import RemoveMean
+
+__all__ = ["CompressZeroMean", "FoldAffine", "FoldBatchNorm", "FuseResidualNorm", "RemoveMean"]
