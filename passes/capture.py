@@ -60,7 +60,7 @@ def capture(
     Raises:
         CaptureError: the model cannot be captured; says what and where.
     """
-    args = _checked_args(args)
+    args = checked_args(args)
     kwargs = dict(kwargs or {})
     if isinstance(model, torch.export.ExportedProgram):
         gm = from_exported(model)
@@ -104,7 +104,8 @@ def finish(
     return sites
 
 
-def _checked_args(args: Any) -> tuple:
+def checked_args(args: Any) -> tuple:
+    """``args`` as a tuple; a bare tensor or string is a mistake worth a clear error."""
     if isinstance(args, torch.Tensor):
         raise CaptureError("args must be a tuple of the model's positional arguments, got a tensor")
     if not isinstance(args, Sequence) or isinstance(args, str):

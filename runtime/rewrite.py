@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ..passes.autocast import ambient, disabled
-from ..passes.capture import capture
+from ..passes.capture import capture, checked_args
 from ..passes.errors import CaptureError, NormfuseError, VerificationError
 from ..passes.manager import Context, Pass, PassManager, copy_graph
 from ..passes.presets import policy_of, resolve
@@ -142,6 +142,7 @@ class RewrittenModule(nn.Module):
         self.__dict__["_source"] = source
         self.__dict__["_settings"] = settings
         self.__dict__["_graphs"] = {}
+        self.__dict__["_captured"] = []  # the same graphs, in a form Dynamo can trace through
         self.reports: list[Report] = []
         self._uncapturable: set[str] = set()
 
@@ -209,16 +210,10 @@ class RewrittenModule(nn.Module):
 
     def _forward_compiling(self, flat: list, in_spec: Any, args: Any, kwargs: Any) -> Any:
         """Under ``torch.compile`` or ``torch.export``: the graph inline, weight program and all."""
-        graphs = [
-            g
-            for (training, spec, _), entries in self._graphs.items()
-            for g in entries
-            if training == self.training and spec == in_spec
-        ]
-        if not graphs:
-            return self._source(*args, **kwargs)
-        graph = graphs[0]
-        return pytree.tree_unflatten(graph.run(self, flat, inline=True), graph.out_spec)
+        for training, graph in self._captured:
+            if training == self.training and graph.in_spec == in_spec:
+                return pytree.tree_unflatten(graph.run(self, flat, inline=True), graph.out_spec)
+        return self._source(*args, **kwargs)
 
     def _capture(self, key: tuple, flat: list[Any], args: Any, kwargs: Any) -> Graph | None:
         try:
@@ -234,8 +229,12 @@ class RewrittenModule(nn.Module):
                 warnings.warn(f"running the original code for this call: {text}", stacklevel=3)
             return None
         self.reports.append(report)
-        self._graphs.setdefault(key, []).append(graph)
+        self._add(key, graph)
         return graph
+
+    def _add(self, key: tuple, graph: Graph) -> None:
+        self._graphs.setdefault(key, []).append(graph)
+        self._captured.append((key[0], graph))
 
 
 def _write_back(args: Any, kwargs: Any, out: Any) -> Any:
@@ -388,8 +387,8 @@ def rewrite(
     if weights not in ("live", "baked"):
         raise NormfuseError(f"weights must be 'live' or 'baked', got {weights!r}")
     settings = make_settings(passes, policy, disable, verify, dynamic, fuel)
+    args, kwargs = checked_args(args), dict(kwargs or {})
     source = model if inplace else copy.deepcopy(model)
-    args, kwargs = tuple(args), dict(kwargs or {})
     if weights == "baked":
         from .bake import bake
 
@@ -398,7 +397,7 @@ def rewrite(
     graph, report = build(module, source, args, kwargs, settings)
     in_spec = pytree.tree_structure((args, kwargs))
     key = (module.training, in_spec, ambient())
-    module._graphs[key] = [graph]
+    module._add(key, graph)
     module.reports.append(report)
     return _checked((module, report), strict)
 
@@ -429,7 +428,7 @@ def explain(
         raise NormfuseError(f"explain takes an nn.Module, got {type(model).__name__}")
     settings = make_settings(passes, policy, disable, verify, dynamic)
     start = time.perf_counter()
-    args, kwargs = tuple(args), dict(kwargs or {})
+    args, kwargs = checked_args(args), dict(kwargs or {})
     gm = capture(model, args, kwargs, dynamic=dynamic)
     drawings = _draw_streams(gm)
     flat = pytree.tree_leaves((args, kwargs))
