@@ -109,9 +109,7 @@ def plain_casts(gm: fx.GraphModule) -> None:
 _TARGETS = {"layer_norm": nf.layer_norm.default, "rms_norm": nf.rms_norm.default}
 
 
-def _replace(
-    graph: fx.Graph, norm: Norm, key: str, moved: dict[fx.Node, fx.Node]
-) -> fx.Node:
+def _replace(graph: fx.Graph, norm: Norm, key: str, moved: dict[fx.Node, fx.Node]) -> fx.Node:
     end = norm.end
     x, gain, bias = (moved.get(a, a) for a in (norm.x, norm.gain, norm.bias))
     with graph.inserting_before(end):

@@ -259,9 +259,7 @@ _SLICES = (aten.slice, aten.narrow, aten.select, aten.split, aten.split_with_siz
 FLAW_ROOT_EPS = "eps is added to the root, not inside it"
 FLAW_CLAMP = "the statistic is clamped from below (max(·, eps)) where a norm adds eps"
 FLAW_UNBIASED = "the variance is unbiased (divided by d − 1, not d)"
-FLAW_CANCEL = (
-    "the variance is written E[x²] − E[x]², whose cancellation a norm does not reproduce"
-)
+FLAW_CANCEL = "the variance is written E[x²] − E[x]², whose cancellation a norm does not reproduce"
 
 
 def bind(node: fx.Node) -> dict[str, Any]:
@@ -273,6 +271,13 @@ def bind(node: fx.Node) -> dict[str, Any]:
         else:
             out[arg.name] = node.kwargs.get(arg.name, arg.default_value)
     return out
+
+
+def unexpanded(node: Any) -> Any:
+    """``node`` without an ``expand``, which ordinary broadcasting makes needless."""
+    while ir.is_call(node, aten.expand, aten.expand_as, aten.broadcast_to):
+        node = node.args[0]
+    return node
 
 
 def is_cast(node: Any) -> bool:
@@ -307,11 +312,16 @@ class NormalForm:
         self._ident: dict[fx.Node, Hashable] = {}
         self._constants: dict[fx.Node, Number | None] = {}
         self._weights: dict[fx.Node, bool] = {}
+        self._region = 0
+        self._regions: dict[fx.Node, int] = {}
 
     def run(self) -> NormalForm:
         for node in self.gm.graph.nodes:
             if node.op == "output":
                 continue
+            if node.target is torch._C._set_grad_enabled:
+                self._region += 1  # a norm may not straddle it: its gradient would change
+            self._regions[node] = self._region
             self._ident[node] = self._number(self._key(node))
             v = node.meta.get("val")
             if isinstance(v, torch.Tensor):
@@ -333,7 +343,8 @@ class NormalForm:
         if node.op != "call_function" or not ir.is_pure(node):
             return node
         try:
-            key = (node.target, self._freeze(node.args), self._freeze(node.kwargs))
+            args, kwargs = self._freeze(node.args), self._freeze(node.kwargs)
+            key = (node.target, args, kwargs, self._region)
             hash(key)
         except TypeError:
             return node
@@ -372,10 +383,15 @@ class NormalForm:
                     self._complete(node, fact)
 
     def value(self, a: Any) -> Value | None:
-        return self.values.get(a) if isinstance(a, fx.Node) else None
+        v = self.values.get(a) if isinstance(a, fx.Node) else None
+        if v is None or self._regions[a] == self._region or a.op != "call_function":
+            return v
+        return Value(self._ident[a][0], ir.dtype(a), a)  # type: ignore
 
     def fact(self, a: Any) -> Fact | None:
-        return self.facts.get(a) if isinstance(a, fx.Node) else None
+        if not isinstance(a, fx.Node) or self._regions[a] != self._region:
+            return None
+        return self.facts.get(a)
 
     def is_weight(self, a: Any) -> bool:
         return ir.is_tensor(a) and ir.is_weight_expr(a, self._weights)
@@ -455,7 +471,9 @@ class NormalForm:
         if isinstance(fact, Norm):
             if fact.stage == 5 or len(source.users) != 1:
                 return
-            self.extended.add(source)  # ``end`` stays: a layout change after the norm is not its own
+            self.extended.add(
+                source
+            )  # ``end`` stays: a layout change after the norm is not its own
         self._set(node, fact)
 
     def _cast(self, node: fx.Node) -> None:
@@ -577,8 +595,11 @@ class NormalForm:
         if _is_one(c, p + 0.5, stat.n) and not _is_one(c, p, stat.n):
             flaw = "L2 normalization: the squares are summed, not averaged"
         elif flaw is None:
-            k = c * float(stat.n) ** p if isinstance(stat.n, int) else c
-            flaw = f"the normalized value carries the extra constant factor {k:.6g}"
+            if isinstance(stat.n, int):
+                k = f"{c * float(stat.n) ** p:.6g}"
+            else:
+                k = f"{c:.6g}·d^{p:g} (the size d = {stat.n} is known only when the model runs)"
+            flaw = f"the normalized value carries the extra constant factor {k}"
         x = s.v.center.x if s.v.center is not None else s.v
         self.misses[origin] = Miss(node, x.node or node, s.text, flaw)
 
@@ -612,8 +633,7 @@ class NormalForm:
         It broadcasts to ``x`` and, unless it is a scalar, varies along the normalized dims: a factor
         per position or per channel *outside* them is not a gain.
         """
-        while ir.is_call(gain, aten.expand, aten.expand_as, aten.broadcast_to):
-            gain = gain.args[0]
+        gain = unexpanded(gain)
         if not self.is_weight(gain):
             return None
         full, shape = ir.shape(x), ir.shape(gain)

@@ -31,6 +31,7 @@ from .normal_form import (
     bind,
     is_cast,
     rule,
+    unexpanded,
     widens,
 )
 from .ops import _opmath
@@ -64,10 +65,13 @@ def _raised(form: NormalForm, node: fx.Node, a: fx.Node, e: float, how: str) -> 
             wide = abs(fact.c) != 1.0
             return Square(fact.v, fact.c**2, fact.dtype, f"{fact.v.text}²", wide, fact.flaw)
         return None if v is None else Square(v, 1.0, v.dtype, f"{v.text}²")
-    if isinstance(fact, Stat) and fact.power == 2 and e in (0.5, -0.5, -1.0):
-        return Root(fact, e, fact.dtype, fact.kept, f"{how}({fact.text})")
-    if isinstance(fact, Root) and fact.gain is None and e in (0.5, -0.5, -1.0):
-        return _power(fact, e, f"{how}({fact.text})")
+    if not isinstance(fact, (Stat, Root)) or e not in (0.5, -0.5, -1.0):
+        return None
+    text = f"(1/{fact.text})" if how == "1/" else f"{how}({fact.text})"
+    if isinstance(fact, Stat) and fact.power == 2:
+        return Root(fact, e, fact.dtype, fact.kept, text)
+    if isinstance(fact, Root) and fact.gain is None:
+        return _power(fact, e, text)
     return None
 
 
@@ -90,9 +94,7 @@ def _scaled_stat(stat: Stat, c: float, p: float, text: str, flaw: str | None) ->
         if not isinstance(stat.n, int):
             return None
         shift *= float(stat.n) ** p
-    return replace(
-        stat, c=stat.c * c, p=stat.p + p, shift=shift, text=text, flaw=stat.flaw or flaw
-    )
+    return replace(stat, c=stat.c * c, p=stat.p + p, shift=shift, text=text, flaw=stat.flaw or flaw)
 
 
 def _scale(
@@ -214,9 +216,7 @@ def _root_times_root(node: fx.Node, a: Root, b: Root) -> Fact | None:
         return None
     q = a.q + b.q
     text = f"{a.text}*{b.text}"
-    return _collapsed(
-        replace(a, q=q, c=a.c * b.c, p=a.p + b.p, flaw=a.flaw or b.flaw, text=text)
-    )
+    return _collapsed(replace(a, q=q, c=a.c * b.c, p=a.p + b.p, flaw=a.flaw or b.flaw, text=text))
 
 
 def _product(form: NormalForm, node: fx.Node, a: Any, b: Any) -> Fact | None:
@@ -244,6 +244,7 @@ def _product(form: NormalForm, node: fx.Node, a: Any, b: Any) -> Fact | None:
 
 
 def _times_gain(form: NormalForm, node: fx.Node, gain: Any, x: fx.Node) -> Fact | None:
+    gain = unexpanded(gain)
     if not form.is_weight(gain):
         return None
     fact, v = form.fact(x), form.value(x)
@@ -254,18 +255,18 @@ def _times_gain(form: NormalForm, node: fx.Node, gain: Any, x: fx.Node) -> Fact 
             return None
         return form._extend(node, x, gain=fitting, stage=2)
     if isinstance(fact, Root):
-        # γ·rstd first, then the value: one rounding elsewhere, harmless in wide dtypes only
+        # γ·rstd first, then the value: the same dtype throughout, only the order differs
         stat = fact.stat
         base = stat.v.node if stat.v.node is not None else stat.v.center.x.node  # type: ignore
         fitting = form.gain_fits(gain, base, stat.dims) if base is not None else None
-        if fact.gain or fitting is None or d != fact.dtype or d != _opmath(d):
+        if fact.gain or fitting is None or d != fact.dtype:
             return None
         return replace(fact, gain=fitting, text=f"({fact.text}*γ)")
     if fact is None or (isinstance(fact, Scaled) and fact.gain is None):
         base = fact if isinstance(fact, Scaled) else None
-        if base is None and v is not None and v.dtype == d == _opmath(d):
+        if base is None and v is not None and v.dtype == d:
             base = Scaled(v, d, v.text)
-        if base is None or base.dtype != d or d != _opmath(d):
+        if base is None or base.dtype != d:
             return None
         where = base.v.node if base.v.node is not None else base.v.center.x.node  # type: ignore
         dims = base.root.stat.dims if base.root else tuple(range(-len(ir.shape(where)), 0))
@@ -356,13 +357,15 @@ def _pow(form: NormalForm, node: fx.Node) -> Fact | None:
         return None
     if ir.dtype(node) != ir.dtype(base):
         return None
-    return _raised(form, node, base, float(e.value), f"pow{e.value:g}:")
+    return _raised(
+        form, node, base, float(e.value), {0.5: "sqrt", -0.5: "rsqrt"}.get(e.value, "1/")
+    )
 
 
 @rule(aten.addcmul)
 def _addcmul(form: NormalForm, node: fx.Node) -> Fact | None:
     args = bind(node)
-    bias = args["self"]
+    bias = unexpanded(args["self"])
     # rounded once at the end in narrow dtypes, where the norm's affine part rounds twice
     if args["value"] != 1 or ir.dtype(node) != _opmath(ir.dtype(node)):
         return None
@@ -427,7 +430,7 @@ def _add(form: NormalForm, node: fx.Node) -> Fact | None:
         return _add_number(form, node, b, number, 1.0) if alpha == 1 else None
     if alpha != 1:
         return None
-    for x, other in ((a, b), (b, a)):
+    for x, other in ((a, unexpanded(b)), (b, unexpanded(a))):
         fact = form.fact(x)
         if isinstance(fact, Norm) and fact.stage <= 2 and _bias_fits(form, other, fact):
             if _same_as_input(node, fact):
