@@ -1,0 +1,270 @@
+"""``param_groups``: which parameters are hidden matrices, and which are not, by what they do.
+
+With example arguments the model is run once and every operator that touches a parameter is watched:
+a table that is looked up, a matrix that multiplies, a gain that scales, and the one matrix whose
+product is the model's output. Without arguments the module types say as much as they can. Names are
+never consulted, except to report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+#: role → (what it is called in the printed table, goes to the matrix algorithm)
+ROLES = {
+    "hidden": ("hidden matrices", True),
+    "filter": ("convolution filters, flattened", True),
+    "stack": ("stacks of matrices, batched", True),
+    "embedding": ("lookup tables", False),
+    "input": ("input projections", False),
+    "head": ("output head", False),
+    "vector": ("gains, biases and other non-matrices", False),
+}
+
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "_scaled_mm", "_grouped_mm"}
+_LOOKUPS = {"embedding", "embedding_bag", "index_select", "gather", "index", "_embedding_bag"}
+#: Operators whose result is still the parameter: a cast (autocast) or a relayout.
+_COPIES = {"clone", "_to_copy", "_unsafe_view", "_reshape_copy", "contiguous"}
+_CONVOLUTIONS = {"convolution", "_convolution", "mkldnn_convolution"}
+
+
+class _Watch(TorchDispatchMode):
+    """Records which kind of operator uses each parameter, and whose product reaches a tensor."""
+
+    def __init__(self, params: Mapping[int, str]) -> None:
+        super().__init__()
+        self.params = params
+        self.uses: dict[str, set[str]] = {n: set() for n in params.values()}
+        self.copies: dict[int, str] = {}
+        self.sources: dict[int, frozenset[str]] = {}
+        self.order: list[str] = []
+        self._keep: list[Tensor] = []  # ids stay unique while tensors live
+
+    def _owner(self, t: Tensor) -> str | None:
+        root = t._base if t._is_view() and t._base is not None else t
+        return self.params.get(id(root)) or self.copies.get(id(root))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        op = func.overloadpacket.__name__
+        tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+        outputs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+        if op in _COPIES and len(tensors) == 1 and (owner := self._owner(tensors[0])):
+            self.copies[id(outputs[0])] = owner
+            self._keep.append(outputs[0])
+            return out
+        kind = (
+            "product"
+            if op in _PRODUCTS
+            else "lookup"
+            if op in _LOOKUPS
+            else "convolution"
+            if op in _CONVOLUTIONS
+            else "other"
+        )
+        from_params: set[str] = set()
+        inherited: frozenset[str] = frozenset()
+        for i, t in enumerate(tensors):
+            name = self._owner(t)
+            if name is None:
+                inherited |= self.sources.get(id(t), frozenset())
+            elif not all(self._owner(o) == name for o in outputs):  # a view is no use
+                bias = kind in ("product", "convolution") and t.ndim < 2 and i != 1
+                self.uses[name].add("other" if bias else kind)
+                if kind in ("product", "convolution") and not bias:
+                    from_params.add(name)
+                    self.order.append(name)
+        tag = frozenset(from_params) if from_params else inherited
+        for o in outputs:
+            self.sources[id(o)] = tag
+            self._keep.append(o)
+        return out
+
+
+def _observe(
+    model: nn.Module, params: Mapping[int, str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[dict[str, set[str]], str | None, str | None]:
+    """``(uses by name, head, first product fed by the raw input)``; head None if none stands out."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), _Watch(params) as watch:
+            out = model(*args, **kwargs)
+    finally:
+        model.train(training)
+    leaves = [t for t in tree_flatten(_plain(out))[0] if isinstance(t, Tensor)]
+    # caches and attention maps also come back; the head feeds the first output and the logits
+    tags = [watch.sources.get(id(t), frozenset()) for t in leaves[:2]]
+    sources = frozenset().union(*tags) if tags else frozenset()
+    head = next(iter(sources)) if len(sources) == 1 else None
+    looked_up = any("lookup" in u for u in watch.uses.values())
+    first = watch.order[0] if watch.order and not looked_up else None
+    return watch.uses, head, first
+
+
+def _plain(out: Any) -> Any:
+    if hasattr(out, "logits") and isinstance(out.logits, Tensor):
+        return [out.logits]
+    return list(out.values()) if isinstance(out, Mapping) else out
+
+
+def _role_by_use(p: Tensor, uses: set[str], module: nn.Module) -> str:
+    if "lookup" in uses:
+        return "embedding"
+    if p.ndim < 2:
+        return "vector"
+    if "convolution" in uses:
+        return _filter_role(p, module)
+    if "product" in uses:
+        return "hidden" if p.ndim == 2 else "stack"
+    return "vector"  # added, multiplied or unused: positions, LayerScale tables, tokens
+
+
+def _filter_role(p: Tensor, module: nn.Module) -> str:
+    # one input channel per group: rows share nothing that could be orthogonal
+    return "vector" if p.shape[1] == 1 and getattr(module, "groups", 1) > 1 else "filter"
+
+
+def _role_by_type(p: Tensor, module: nn.Module) -> str:
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return "embedding"
+    if p.ndim < 2:
+        return "vector"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return _filter_role(p, module)
+    if p.ndim == 2:
+        return "hidden"
+    if p.ndim == 3 and p.shape[0] > 1:
+        return "stack"
+    return "vector"
+
+
+def param_groups(
+    model: nn.Module,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    split: Mapping[str, Any] | Callable[[str, Tensor], Any] | None = None,
+    matrix: Mapping[str, Any] | None = None,
+    other: Mapping[str, Any] | None = None,
+    verbose: bool = True,
+) -> list[dict[str, Any]]:
+    """Groups for any member of the family: hidden matrices, and the rest for AdamW.
+
+    Args:
+        model: its trainable parameters are grouped; tied ones appear once.
+        args, kwargs: example inputs. With them roles come from one run in eval mode; without, from
+            module types, and the head is the linear tied to or as wide as a lookup table, else the
+            last linear.
+        split: how fused matrices come apart: name pattern to a ``split`` entry (number of parts,
+            sizes, or ``(dim, parts)``), or a function of name and parameter returning one or None.
+        matrix: extra entries of the groups of matrices.
+        other: extra entries of the AdamW groups (``lr``, ``betas``, ``weight_decay`` …).
+        verbose: print what went where.
+
+    Returns:
+        Groups with named parameters; each has ``role``, and ``view`` or ``algorithm`` where needed.
+    """
+    owners: dict[int, tuple[str, Tensor, list[nn.Module]]] = {}
+    for prefix, module in model.named_modules():
+        for name, p in module.named_parameters(recurse=False):
+            full = f"{prefix}.{name}" if prefix else name
+            entry = owners.setdefault(id(p), (full, p, []))
+            entry[2].append(module)
+    owners = {k: v for k, v in owners.items() if v[1].requires_grad}
+    names = {k: v[0] for k, v in owners.items()}
+
+    roles: dict[str, str] = {}
+    if args is not None or kwargs is not None:
+        uses, head, first = _observe(model, names, args or (), kwargs or {})
+        for name, p, modules in owners.values():
+            roles[name] = _role_by_use(p, uses[name], modules[0])
+        if head is not None and roles.get(head) in ("hidden", "filter"):
+            roles[head] = "head"
+        if first is not None and roles.get(first) in ("hidden", "filter") and len(roles) > 2:
+            roles[first] = "input"
+    else:
+        for name, p, modules in owners.values():
+            by_type = [_role_by_type(p, m) for m in modules]
+            roles[name] = "embedding" if "embedding" in by_type else by_type[0]
+        _guess_ends(owners, roles)
+
+    buckets: dict[tuple[Any, ...], list[tuple[str, Tensor]]] = {}
+    for name, p, _ in owners.values():
+        parts = _split_of(split, name, p) if ROLES[roles[name]][1] else None
+        buckets.setdefault((roles[name], repr(parts)), []).append((name, p))
+
+    groups: list[dict[str, Any]] = []
+    for role in ROLES:
+        for (found, *_), members in buckets.items():
+            if found != role:
+                continue
+            group: dict[str, Any] = {"params": members, "role": role}
+            if ROLES[role][1]:
+                group["view"] = {"filter": "flatten", "stack": "batch"}.get(role, "matrix")
+                parts = _split_of(split, *members[0])
+                if parts is not None:
+                    group["split"] = parts
+                group.update(matrix or {})
+            else:
+                group["algorithm"] = "adamw"
+                if role == "vector":
+                    group["weight_decay"] = 0.0
+                group.update(other or {})
+            groups.append(group)
+    if verbose:
+        print(describe(groups))
+    return groups
+
+
+def _guess_ends(
+    owners: Mapping[int, tuple[str, Tensor, list[nn.Module]]], roles: dict[str, str]
+) -> None:
+    """Without a run: mark the head and, for convolutional models, the input layer."""
+    tables = {p.shape[0] for n, p, _ in owners.values() if roles[n] == "embedding"}
+    linears = [
+        (n, p)
+        for n, p, m in owners.values()
+        if roles[n] == "hidden" and isinstance(m[0], nn.Linear)
+    ]
+    tied = any(
+        roles[n] == "embedding" and any(isinstance(m, nn.Linear) for m in ms)
+        for n, _, ms in owners.values()
+    )
+    wide = [n for n, p in linears if p.shape[0] in tables]
+    if wide:
+        roles[wide[-1]] = "head"
+    elif linears and not tied:
+        roles[linears[-1][0]] = "head"
+    filters = [n for n, _, _ in owners.values() if roles[n] == "filter"]
+    if filters and not tables:
+        roles[filters[0]] = "input"
+
+
+def _split_of(split: Any, name: str, p: Tensor) -> Any:
+    if split is None:
+        return None
+    if callable(split):
+        return split(name, p)
+    return next((v for k, v in split.items() if fnmatchcase(name, k)), None)
+
+
+def describe(groups: Sequence[Mapping[str, Any]]) -> str:
+    """One line per group: role, algorithm, number of tensors and entries, examples."""
+    lines = []
+    for g in groups:
+        members = g["params"]
+        size = sum(p.numel() for _, p in members)
+        where = g.get("algorithm", "matrix")
+        extra = f", split {g['split']}" if "split" in g else ""
+        shown = ", ".join(n for n, _ in members[:2]) + (", …" if len(members) > 2 else "")
+        what = ROLES[g["role"]][0] + extra
+        lines.append(f"{where:>7}  {len(members):4d} tensors {size:12,d}  {what}: {shown}")
+    return "\n".join(lines)

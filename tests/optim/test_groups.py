@@ -1,0 +1,182 @@
+"""``param_groups``: roles by use and by type, splits, and groups that optimizers accept."""
+
+import pytest
+import torch
+from normfuse import optim
+from torch import nn
+from torch.nn import functional as F
+
+
+class Block(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.norm = nn.LayerNorm(d)
+        self.qkv = nn.Linear(d, 3 * d)
+        self.out = nn.Linear(d, d)
+        self.experts = nn.Parameter(torch.randn(4, d, d) * 0.02)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v))
+        return x + torch.einsum("btd,edf->btef", x, self.experts).mean(2)
+
+
+class LM(nn.Module):
+    """Names say nothing, or mislead."""
+
+    def __init__(self, d=8, vocab=11, tied=False):
+        super().__init__()
+        self.linear_like = nn.Embedding(vocab, d)
+        self.weight_matrix = nn.Parameter(torch.zeros(1, 5, d))  # positions
+        self.blocks = nn.ModuleList([Block(d), Block(d)])
+        self.embedding = nn.Linear(d, vocab, bias=False)  # the head
+        if tied:
+            self.embedding.weight = self.linear_like.weight
+
+    def forward(self, ids):
+        x = self.linear_like(ids) + self.weight_matrix[:, : ids.shape[1]]
+        for b in self.blocks:
+            x = b(x)
+        return self.embedding(x)
+
+
+def roles(groups):
+    return {n: g["role"] for g in groups for n, _ in g["params"]}
+
+
+@pytest.mark.parametrize("by_run", [True, False])
+def test_language_model(by_run, capsys):
+    model = LM()
+    args = (torch.zeros(2, 5, dtype=torch.long),) if by_run else None
+    groups = optim.param_groups(model, args)
+    assert "blocks.0.qkv.weight" in capsys.readouterr().out
+    got = roles(groups)
+    assert got["linear_like.weight"] == "embedding"
+    assert got["embedding.weight"] == "head"
+    assert got["blocks.0.qkv.weight"] == got["blocks.1.out.weight"] == "hidden"
+    assert got["blocks.0.experts"] == "stack"
+    assert got["blocks.0.norm.weight"] == got["blocks.0.qkv.bias"] == "vector"
+    assert got["weight_matrix"] == "vector"
+    assert set(got) == {n for n, _ in model.named_parameters()}
+    assert model.training
+
+
+def test_tied_head_is_an_embedding_once():
+    for args in (None, (torch.zeros(2, 5, dtype=torch.long),)):
+        got = roles(optim.param_groups(LM(tied=True), args, verbose=False))
+        assert got["linear_like.weight"] == "embedding"
+        assert "embedding.weight" not in got
+        assert got["blocks.1.out.weight"] == "hidden"
+
+
+def test_convolutional_model():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.Conv2d(8, 16, 1),
+        nn.Flatten(),
+        nn.Linear(16 * 16, 5),
+    )
+    for args in (None, (torch.randn(1, 3, 8, 8),)):
+        got = roles(optim.param_groups(model, args, verbose=False))
+        assert got["0.weight"] == "input"
+        assert got["2.weight"] == "vector"  # depthwise
+        assert got["3.weight"] == "filter"
+        assert got["5.weight"] == "head"
+
+
+def test_every_member_trains_the_groups():
+    ids = torch.randint(0, 11, (4, 5), generator=torch.Generator().manual_seed(0))
+    for name, lr in [
+        ("Muon", 0.02),
+        ("NorMuon", 0.02),
+        ("ROOT", 0.02),
+        ("AuON", 1.0),
+        ("HybridAuON", 0.05),
+        ("MuonMuP", 0.02),
+        ("SCALE", 1e-2),
+        ("SinkGD", 0.2),
+        ("SWAN", 1e-1),
+        ("AdamP", 1e-2),
+        ("SGDP", 1e-2),
+        ("Conda", 1e-2),
+        ("ARO", 0.02),
+        ("AdamW", 1e-2),
+    ]:
+        torch.manual_seed(0)
+        model = LM()
+        groups = optim.param_groups(model, (ids,), other={"lr": 1e-2}, verbose=False)
+        opt = getattr(optim, name)(groups, lr=lr)
+        losses = []
+        for _ in range(12):
+            loss = F.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            losses.append(float(loss))
+        assert losses[-1] < losses[0] - 0.2, (name, losses)
+
+
+def split_reference(sizes, dim, steps=4):
+    """A fused matrix updated in pieces equals its pieces updated apart."""
+    torch.manual_seed(0)
+    fused = nn.Parameter(torch.randn(12, 8) if dim == 0 else torch.randn(8, 12))
+    parts = [nn.Parameter(t.detach().clone()) for t in fused.split(sizes, dim)]
+    a = optim.NorMuon([{"params": [fused], "split": (dim, list(sizes))}], lr=0.1)
+    b = optim.NorMuon(parts, lr=0.1)
+    for _ in range(steps):
+        fused.grad = torch.randn_like(fused)
+        for p, g in zip(parts, fused.grad.split(sizes, dim), strict=True):
+            p.grad = g.clone()
+        a.step()
+        b.step()
+    return fused, torch.cat(list(parts), dim), a
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("sizes", [(4, 4, 4), (6, 3, 3)])
+def test_split(dim, sizes):
+    fused, apart, opt = split_reference(sizes, dim)
+    torch.testing.assert_close(fused, apart, rtol=1e-5, atol=1e-6)
+    copy = optim.NorMuon([{"params": [fused], "split": (dim, list(sizes))}], lr=0.1)
+    copy.load_state_dict(opt.state_dict())
+    for key, value in opt.state[fused].items():
+        assert torch.equal(value, copy.state[fused][key])
+
+
+def test_split_on_request_through_param_groups():
+    model = LM()
+    groups = optim.param_groups(model, split={"*.qkv.weight": 3}, verbose=False)
+    split = [g for g in groups if "split" in g]
+    assert [n for n, _ in split[0]["params"]] == ["blocks.0.qkv.weight", "blocks.1.qkv.weight"]
+    optim.Muon(groups)
+    with pytest.raises(ValueError, match=r"qkv\.weight.*split|split.*qkv\.weight"):
+        bad = optim.param_groups(model, split=lambda n, p: 5 if "qkv" in n else None, verbose=False)
+        optim.Muon(bad)
+
+
+def test_conv_aspect_is_that_of_the_flattened_matrix():
+    for fmt in (torch.contiguous_format, torch.channels_last):
+        w = nn.Parameter(torch.randn(40, 2, 3, 3).to(memory_format=fmt))
+        flat = nn.Parameter(w.detach().reshape(40, 18).clone())
+        a = optim.Muon([{"params": [w], "view": "flatten"}], lr=0.1)
+        b = optim.Muon([flat], lr=0.1)
+        w.grad = torch.randn(40, 2, 3, 3).to(memory_format=fmt)
+        flat.grad = w.grad.reshape(40, 18).clone()
+        a.step()
+        b.step()
+        torch.testing.assert_close(w.reshape(40, 18), flat, rtol=1e-5, atol=1e-6)
+
+
+def test_stacks_are_independent_matrices():
+    stack = nn.Parameter(torch.randn(3, 6, 4))
+    ones = [nn.Parameter(t.clone()) for t in stack.detach()]
+    a = optim.Muon([{"params": [stack], "view": "batch"}], lr=0.1)
+    b = optim.Muon(ones, lr=0.1)
+    stack.grad = torch.randn(3, 6, 4)
+    for p, g in zip(ones, stack.grad, strict=True):
+        p.grad = g.clone()
+    a.step()
+    b.step()
+    torch.testing.assert_close(stack, torch.stack(list(ones)), rtol=1e-5, atol=1e-6)
