@@ -12,9 +12,17 @@ from torch import fx
 
 from . import ir
 
-#: Up to this many rows a matrix product on a CPU is bound by reading its weight and by call
-#: overhead, so one product for several weights saves calls without losing cache locality.
-MERGE_ROWS = 16
+#: Up to this many rows a matrix product is bound by reading its weight and by the call itself, so
+#: that one product for several weights saves calls without spoiling cache blocking. The number for
+#: CPUs comes from timing; that for GPUs is a model (2·rows FLOPs per weight element stay far below
+#: what the device can do per byte it reads).
+_MERGE_ROWS = {"cpu": 16}
+_MERGE_ROWS_ELSEWHERE = 64
+
+
+def merge_rows(device: str) -> int:
+    """The number of input rows up to which merged linear layers are expected to be faster."""
+    return _MERGE_ROWS.get(device, _MERGE_ROWS_ELSEWHERE)
 
 
 def hint(size: Any) -> int:

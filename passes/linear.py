@@ -11,7 +11,7 @@ are computed in ``context.fold_dtype`` and rounded once, also after several pass
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -338,10 +338,10 @@ class WeightBuilder:
 
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A call of the weight program (the same call twice is one node)."""
-        key = (target, _frozen(args), _frozen(kwargs))
+        key = (target, frozen(args), frozen(kwargs))
         found = self._known.get(key)
         if found is None:
-            like = next(a for a in args if isinstance(a, fx.Node))
+            like = next(iter(_nodes(args)))
             with self.graph.inserting_after(self._last(args)):
                 found = ir.emit(self.graph, target, *args, like=like, weight=True, **kwargs)
             self._known[key] = found
@@ -349,7 +349,7 @@ class WeightBuilder:
 
     def _last(self, args: Sequence[Any]) -> fx.Node:
         """The node behind which an expression of ``args`` may stand."""
-        nodes = [a for a in args if isinstance(a, fx.Node)]
+        nodes = list(_nodes(args))
         return max(nodes if self._start is None else [*nodes, self._start])
 
     def work_dtype(self, *tensors: fx.Node) -> torch.dtype:
@@ -401,16 +401,18 @@ class WeightBuilder:
 
     def along(self, vector: fx.Node, dim: int) -> fx.Node:
         """A vector, broadcastable along the negative ``dim``."""
-        if dim == -1 or not ir.shape(vector):
+        if dim == -1:
             return vector
         return self.emit(aten.reshape.default, vector, [-1] + [1] * (-dim - 1))
 
     # -- the algebra ---------------------------------------------------------------------------
     # Weights and vectors are in the working dtype on the way in and on the way out.
 
-    def scale_in(self, linear: Linear, weight: fx.Node, gain: fx.Node) -> fx.Node:
-        """``W·diag(gain)``: the weight of ``x → W (gain ⊙ x)``; ``gain`` is ``[in]`` or ``[]``."""
-        if linear.layout == "conv" and linear.groups > 1 and ir.shape(gain):
+    def scale_in(self, linear: Linear, weight: fx.Node, gain: fx.Node | float) -> fx.Node:
+        """``W·diag(gain)``: the weight of ``x → W (gain ⊙ x)``; ``gain`` is ``[in]`` or a number."""
+        if not isinstance(gain, fx.Node):
+            return self.emit(aten.mul.Tensor, weight, gain)
+        if linear.layout == "conv" and linear.groups > 1:
             shape = list(ir.shape(weight))
             n = shape[1]
             cube = self.emit(aten.reshape.default, weight, [linear.groups, -1, *shape[1:]])
@@ -421,9 +423,11 @@ class WeightBuilder:
             return self.emit(aten.reshape.default, cube, shape)
         return self.emit(aten.mul.Tensor, weight, self.along(gain, linear.in_dim))
 
-    def scale_out(self, linear: Linear, weight: fx.Node, scale: fx.Node) -> fx.Node:
-        """``diag(scale)·W``; ``scale`` is ``[out]`` or ``[]``."""
-        if linear.layout == "conv_transpose" and linear.groups > 1 and ir.shape(scale):
+    def scale_out(self, linear: Linear, weight: fx.Node, scale: fx.Node | float) -> fx.Node:
+        """``diag(scale)·W``; ``scale`` is ``[out]`` or a number."""
+        if not isinstance(scale, fx.Node):
+            return self.emit(aten.mul.Tensor, weight, scale)
+        if linear.layout == "conv_transpose" and linear.groups > 1:
             shape = list(ir.shape(weight))
             cube = self.emit(aten.reshape.default, weight, [linear.groups, -1, *shape[1:]])
             s = self.emit(
@@ -460,55 +464,65 @@ class WeightBuilder:
     # -- whole layers --------------------------------------------------------------------------
 
     def fold_in(
-        self, linear: Linear, gain: fx.Node | None, shift: fx.Node | None
+        self, linear: Linear, gain: fx.Node | float | None, shift: fx.Node | None
     ) -> tuple[fx.Node, fx.Node | None]:
         """Weight and bias of ``x → W (gain ⊙ x + shift) + b``, each rounded once.
 
-        ``gain`` and ``shift`` are vectors over ``linear``'s input features (``gain`` may be 0-d).
+        ``gain`` and ``shift`` are vectors over ``linear``'s input features, ``gain`` may be a number.
         """
-        extra = [t for t in (gain, shift) if t is not None]
-        old = self.work(linear.weight, *extra)
         weight, bias = linear.weight, linear.bias
+        old = self.work(weight, *_nodes((gain, shift)))
         if gain is not None:
-            new = self.scale_in(linear, old, self.work(gain, old))
-            weight = self.finish(new, ir.dtype(linear.weight))
+            new = self.scale_in(linear, old, self._factor(gain, old))
+            weight = self.finish(new, ir.dtype(weight))
         if shift is not None:
-            added = self.response(linear, old, self.work(shift, old))
-            if bias is None:
-                bias = self.finish(added, ir.dtype(linear.weight))
-            else:
-                dtype = ir.dtype(bias)
-                total = self.emit(aten.add.Tensor, self.work(bias, old), added)
-                bias = self.finish(total, dtype)
-        return weight, bias
-
-    def fold_out(
-        self, linear: Linear, scale: fx.Node | None, shift: fx.Node | None
-    ) -> tuple[fx.Node, fx.Node | None]:
-        """Weight and bias of ``x → scale ⊙ (W x + b) + shift``, each rounded once.
-
-        ``scale`` and ``shift`` are vectors over the output features (or 0-d).
-        """
-        extra = [t for t in (scale, shift) if t is not None]
-        weight, bias = linear.weight, linear.bias
-        work = self.work(weight, *extra)
-        if scale is not None:
-            new = self.scale_out(linear, work, self.work(scale, work))
-            weight = self.finish(new, ir.dtype(linear.weight))
-        total = None if bias is None else self.work(bias, work)
-        if total is not None and scale is not None:
-            total = self.emit(aten.mul.Tensor, total, self.work(scale, work))
-        if shift is not None:
-            added = self.work(shift, work)
-            total = added if total is None else self.emit(aten.add.Tensor, total, added)
-        if total is not None and total is not bias:
+            total = self.response(linear, old, self.work(shift, old))
+            if bias is not None:
+                total = self.emit(aten.add.Tensor, self.work(bias, old), total)
             bias = self.finish(total, ir.dtype(linear.weight if bias is None else bias))
         return weight, bias
 
+    def fold_out(
+        self, linear: Linear, scale: fx.Node | float | None, shift: fx.Node | None
+    ) -> tuple[fx.Node, fx.Node | None]:
+        """Weight and bias of ``x → scale ⊙ (W x + b) + shift``, each rounded once.
 
-def _frozen(value: Any) -> Any:
+        ``scale`` and ``shift`` are vectors over the output features, ``scale`` may be a number.
+        """
+        weight, bias = linear.weight, linear.bias
+        old = self.work(weight, *_nodes((scale, shift)))
+        if scale is not None:
+            new = self.scale_out(linear, old, self._factor(scale, old))
+            weight = self.finish(new, ir.dtype(weight))
+        if bias is None and shift is None:
+            return weight, None
+        total = None
+        if bias is not None:
+            total = self.work(bias, old)
+            if scale is not None:
+                total = self.emit(aten.mul.Tensor, total, self._factor(scale, old))
+        if shift is not None:
+            added = self.work(shift, old)
+            total = added if total is None else self.emit(aten.add.Tensor, total, added)
+        assert total is not None
+        return weight, self.finish(total, ir.dtype(linear.weight if bias is None else bias))
+
+    def _factor(self, scale: fx.Node | float, like: fx.Node) -> fx.Node | float:
+        return self.work(scale, like) if isinstance(scale, fx.Node) else scale
+
+
+def _nodes(args: Any) -> Iterator[fx.Node]:
+    for a in args:
+        if isinstance(a, fx.Node):
+            yield a
+        elif isinstance(a, (list, tuple)):
+            yield from _nodes(a)
+
+
+def frozen(value: Any) -> Any:
+    """A hashable stand-in for op arguments (``1`` and ``1.0`` and ``True`` stay different)."""
     if isinstance(value, dict):
-        return tuple(sorted((k, _frozen(v)) for k, v in value.items()))
+        return tuple(sorted((k, frozen(v)) for k, v in value.items()))
     if isinstance(value, (list, tuple)):
-        return tuple(_frozen(v) for v in value)
+        return tuple(frozen(v) for v in value)
     return (type(value), value) if isinstance(value, (bool, int, float)) else value

@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -209,7 +210,7 @@ def check_readers(
             raise Refuse(
                 "a reader's weight is tied to an embedding and would have to be copied "
                 f"({'×'.join(map(str, ir.shape(r.linear.weight)))}); ask with "
-                "FoldAffine(copy_tied=True)",
+                "copy_tied=True",
                 node,
             )
     return readings
@@ -219,18 +220,18 @@ def fold_into_readers(
     builder: WeightBuilder,
     readings: Iterable[Reading],
     vector: Callable[[fx.Node], fx.Node],
-    gain: fx.Node | None,
+    gain: fx.Node | float | None,
     shift: fx.Node | None,
 ) -> None:
     """Put ``gain`` and ``shift`` into the weights and biases of ``readings``.
 
-    ``vector`` turns either into a vector over the value's features.
+    ``vector`` turns either into a vector over the value's features (numbers stay numbers).
     """
     for r in readings:
 
-        def at(tensor: fx.Node | None, axis: Axis = r.axis) -> fx.Node | None:
-            if tensor is None:
-                return None
+        def at(tensor: Any, axis: Axis = r.axis) -> Any:
+            if not isinstance(tensor, fx.Node):
+                return tensor
             return builder.tile(vector(tensor), axis.outer, axis.inner)
 
         weight, bias = builder.fold_in(r.linear, at(gain), at(shift))
