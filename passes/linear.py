@@ -410,7 +410,7 @@ class WeightBuilder:
 
     def scale_in(self, linear: Linear, weight: fx.Node, gain: fx.Node | float) -> fx.Node:
         """``W·diag(gain)``: the weight of ``x → W (gain ⊙ x)``; ``gain`` is ``[in]`` or a number."""
-        if not isinstance(gain, fx.Node):
+        if not isinstance(gain, fx.Node) or not ir.shape(gain):
             return self.emit(aten.mul.Tensor, weight, gain)
         if linear.layout == "conv" and linear.groups > 1:
             shape = list(ir.shape(weight))
@@ -425,7 +425,7 @@ class WeightBuilder:
 
     def scale_out(self, linear: Linear, weight: fx.Node, scale: fx.Node | float) -> fx.Node:
         """``diag(scale)·W``; ``scale`` is ``[out]`` or a number."""
-        if not isinstance(scale, fx.Node):
+        if not isinstance(scale, fx.Node) or not ir.shape(scale):
             return self.emit(aten.mul.Tensor, weight, scale)
         if linear.layout == "conv_transpose" and linear.groups > 1:
             shape = list(ir.shape(weight))

@@ -130,6 +130,8 @@ class DeferScale(Pass):
                 or (is_dropout(op) and not dropout_is_active(op))
             ):
                 raise Refuse("the row scale cannot follow an op before a reader", op)
+            if ir.is_call(op, aten.squeeze.default):
+                raise Refuse("a squeeze without dims would drop the scale's own dim", op)
             at = op
         if ir.dtype(linear.input) == torch.float16:
             bound = self.float16_bound
