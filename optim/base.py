@@ -88,6 +88,11 @@ class MatrixOptimizer(Optimizer):
 
     algorithm: ClassVar[Algorithm]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "algorithm" in cls.__dict__:
+            register(cls.algorithm)
+
     _buckets: list[Bucket] | None = None
     _layout: Any = None
     _options: dict[str, Any]
@@ -105,7 +110,6 @@ class MatrixOptimizer(Optimizer):
                 f"non_finite must be 'skip', 'raise' or 'propagate', got {non_finite!r}"
             )
         self._options = {"compile": bool(compile), "non_finite": non_finite}
-        register(self.algorithm)
         super().__init__(params, {**self._own_defaults(), **defaults})
         self._prepare()
 

@@ -92,7 +92,7 @@ def test_every_member_trains_the_groups():
         ("Muon", 0.02),
         ("NorMuon", 0.02),
         ("ROOT", 0.02),
-        ("AuON", 1.0),
+        ("AuON", 0.3),
         ("HybridAuON", 0.05),
         ("MuonMuP", 0.02),
         ("SCALE", 1e-2),
