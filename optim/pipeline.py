@@ -145,12 +145,12 @@ def run(pipeline: Pipeline, t: Tensors, masked: bool) -> tuple[Tensor, Tensor | 
         batch = stage(batch)
     update = batch.update * (-t.hyper["lr"])
     decay = batch.decay
-    if decay is not None:
+    if decay is not None or ok is not None:
         rate = t.hyper["lr"] * t.hyper["weight_decay"] * pipeline.decay_factor
-        decay = 1 - rate * decay
+        decay = 1 - (rate if decay is None else rate * decay)
     if ok is not None:
         update = torch.where(ok, update, 0.0)
-        decay = None if decay is None else torch.where(ok, decay, 1.0)
+        decay = torch.where(ok, decay, 1.0)
     for key, old in t.state.items():
         new = batch.state[key].to(old.dtype)
         old.copy_(new if ok is None else torch.where(ok, new, old))
