@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import ir
-from . import normal_rules as _rules  # noqa: F401  (fills the rule table)
-from .normal_form import Miss, Norm, NormalForm, bind, is_cast
+from . import ir, normal_rules, normal_stats  # noqa: F401  (they fill the rule table)
+from .normal_facts import Miss, Norm, bind, is_cast
+from .normal_form import NormalForm
 from .report import Site
 
 aten = torch.ops.aten

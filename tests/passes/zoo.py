@@ -160,7 +160,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "MambaConfig",
         "MambaModel",
         {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
-        "text",
+        "text_uncached",
     ),
     "mamba2": (
         "Mamba2Config",
@@ -175,7 +175,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], str]] = {
             "n_groups": 1,
             "chunk_size": 8,
         },
-        "text",
+        "text_uncached",
     ),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**GQA, "head_dim": 8}, "text"),
     "gemma": ("GemmaConfig", "GemmaForCausalLM", {**GQA, "head_dim": 8}, "text"),
@@ -342,7 +342,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], str]] = {
 }
 
 
-def build(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
     """A tiny random model in evaluation mode and the inputs its users would give."""
     import transformers
 
@@ -357,10 +357,12 @@ def build(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return model, inputs(kind)
 
 
-def inputs(kind: str) -> dict[str, torch.Tensor]:
+def inputs(kind: str) -> dict[str, Any]:
     g = torch.Generator().manual_seed(1)
     if kind == "text":
         return {"input_ids": IDS}
+    if kind == "text_uncached":  # a cache of states cannot be an output of torch.export
+        return {"input_ids": IDS, "use_cache": False}
     if kind == "seq2seq":
         return {"input_ids": IDS, "decoder_input_ids": IDS[:, :4]}
     if kind == "image":
@@ -382,6 +384,8 @@ _NORM_CLASS = re.compile(r"norm", re.IGNORECASE)
 
 def _class_kind(module: nn.Module) -> str | None:
     """``row`` (layer or RMS norm), ``batch_norm``… for a module that *is* a norm, else ``None``."""
+    if type(module).__module__.startswith("torch.nn.utils"):
+        return None  # weight and spectral norm: parametrizations of weights
     if any(True for _ in module.children()) or not _NORM_CLASS.search(type(module).__name__):
         return None
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
