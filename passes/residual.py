@@ -562,16 +562,21 @@ def linear_out_axis(linear: Linear, axis: Axis) -> Axis | None:
     return Axis((linear.out_dim,), axis.outer, axis.inner)
 
 
-def centered_streams(found: list[Stream]) -> list[bool]:
-    """For each stream, whether it is zero-mean along its features by construction."""
+def centered_writers(found: list[Stream]) -> set[Writer]:
+    """The writers of ``found`` that are zero-mean along their stream's features by construction."""
+    result: set[Writer] = set()
     known: set[fx.Node] = set()
-    result = []
     for stream in found:
-        ok = all(writer_is_centered(w, known) for w in stream.writers)
-        result.append(ok)
-        if ok:
+        result.update(w for w in stream.writers if writer_is_centered(w, known))
+        if result.issuperset(stream.writers):
             known.update(r.node for r in stream.norms)
     return result
+
+
+def centered_streams(found: list[Stream]) -> list[bool]:
+    """For each stream, whether it is zero-mean along its features by construction."""
+    writers = centered_writers(found)
+    return [writers.issuperset(s.writers) for s in found]
 
 
 def iter_norms(stream: Stream, *targets: Any) -> Iterator[Reader]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
@@ -22,7 +22,7 @@ from torch import fx
 from .. import ir
 from ..axis import SPLITS, Axis, operands, result_axis, users
 from ..errors import Refuse
-from ..linear import Linear, match_linear
+from ..linear import Linear, WeightBuilder, is_weight, match_linear
 from ..manager import Context, Pass, PassResult, register
 from ..residual import Stream, Writer, centered_streams, linear_out_axis, streams
 
@@ -146,7 +146,7 @@ class CompressZeroMean(Pass):
         outputs = {n: _outputs(n) for n in norms}
 
         def commit() -> None:
-            _Rewrite(gm.graph, context, stream, width).run(outputs)
+            _Rewrite(WeightBuilder(gm.graph, context), stream, width).run(outputs)
 
         return commit
 
@@ -218,7 +218,8 @@ def _outputs(norm: fx.Node) -> _Outputs:
                     linear.input is value
                     and axis == Axis((linear.feature_in,))
                     and linear.groups == 1
-                    and ir.is_weight_expr(linear.weight)
+                    and linear.layout != "grouped_mm"  # wants aligned rows
+                    and is_weight(linear.weight)
                 ):
                     out.linears.append(linear)
                     continue
@@ -243,9 +244,9 @@ def _outputs(norm: fx.Node) -> _Outputs:
 class _Rewrite:
     """The commit: narrows writers, then everything downstream in order."""
 
-    def __init__(self, graph: fx.Graph, context: Context, stream: Stream, width: int) -> None:
-        self.graph, self.context, self.stream, self.width = graph, context, stream, width
-        self.cache: dict[Any, fx.Node] = {}
+    def __init__(self, builder: WeightBuilder, stream: Stream, width: int) -> None:
+        self.builder, self.graph = builder, builder.graph
+        self.stream, self.width = stream, width
 
     def run(self, outputs: dict[fx.Node, _Outputs]) -> None:
         stream = self.stream
@@ -258,42 +259,31 @@ class _Rewrite:
                 self._narrow_value(value, axis)
         for r in stream.norms:
             self._to_crms(r.node)
-        for norm, out in outputs.items():
+        for out in outputs.values():
             for value in sorted(out.values, key=order.__getitem__):
                 self._narrow_value(value, out.values[value])
             for linear in dict.fromkeys(lin.node for lin in out.linears):
-                self._narrow_reader(norm, linear)
+                self._narrow_reader(linear)
 
-    def _dropped(self, weight: fx.Node, dim: int, before: fx.Node) -> fx.Node:
+    def _dropped(self, weight: fx.Node, dim: int) -> fx.Node:
         """``weight`` without its last index along ``dim``."""
-        key = (weight, dim)
-        if key not in self.cache:
-            with self.graph.inserting_before(before):
-                self.cache[key] = ir.emit(
-                    self.graph,
-                    aten.slice.Tensor,
-                    weight,
-                    dim,
-                    0,
-                    self.width - 1,
-                    like=weight,
-                    weight=True,
-                )
-        return self.cache[key]
+        work = self.builder.work(weight)
+        part = self.builder.emit(aten.slice.Tensor, work, dim, 0, self.width - 1)
+        return self.builder.finish(part, ir.dtype(weight))
 
     def _narrow_writer(self, w: Writer) -> None:
         if w.kind == "weight":
             assert w.user is not None
-            w.user.replace_input_with(w.node, self._dropped(w.node, w.axis.dims[0], w.user))
+            w.user.replace_input_with(w.node, self._dropped(w.node, w.axis.dims[0]))
         elif w.kind == "embedding":
-            w.source.update_arg(0, self._dropped(w.source.args[0], -1, w.source))
+            w.source.update_arg(0, self._dropped(w.source.args[0], -1))
             ir.set_val(w.source)
         elif w.linear is not None:
             axis = linear_out_axis(w.linear, w.source_axis)
             assert axis is not None
-            changes = {"weight": self._dropped(w.linear.weight, axis.dims[0], w.source)}
+            changes = {"weight": self._dropped(w.linear.weight, axis.dims[0])}
             if w.linear.bias is not None:
-                changes["bias"] = self._dropped(w.linear.bias, -1, w.source)
+                changes["bias"] = self._dropped(w.linear.bias, -1)
             w.linear.rebuild(**changes)
         else:
             self._slice_after(w.node, w.axis)
@@ -335,21 +325,12 @@ class _Rewrite:
         node.kwargs = {k: getattr(args, k) for k in ("stat_dtype", "norm_dtype", "out_dtype")}
         ir.set_val(node)
 
-    def _narrow_reader(self, norm: fx.Node, node: fx.Node) -> None:
+    def _narrow_reader(self, node: fx.Node) -> None:
         linear = match_linear(node)
         assert linear is not None
-        weight, dim = linear.weight, linear.in_dim
-        key = (weight, dim, "reader")
-        if key not in self.cache:
-            with self.graph.inserting_before(node):
-
-                def emit(target: Any, *args: Any) -> fx.Node:
-                    return ir.emit(self.graph, target, *args, like=weight, weight=True)
-
-                work = self.context.fold_dtype(ir.dtype(weight))
-                w = ir.weight_cast(self.graph, weight, work)
-                head = emit(aten.slice.Tensor, w, dim, 0, self.width - 1)
-                last = emit(aten.slice.Tensor, w, dim, self.width - 1, self.width)
-                diff = emit(aten.sub.Tensor, head, last)
-                self.cache[key] = ir.weight_cast(self.graph, diff, ir.dtype(weight))
-        linear.rebuild(weight=self.cache[key])
+        dim, emit = linear.in_dim, self.builder.emit
+        w = self.builder.work(linear.weight)
+        head = emit(aten.slice.Tensor, w, dim, 0, self.width - 1)
+        last = emit(aten.slice.Tensor, w, dim, self.width - 1, self.width)
+        weight = emit(aten.sub.Tensor, head, last)
+        linear.rebuild(weight=self.builder.finish(weight, ir.dtype(linear.weight)))

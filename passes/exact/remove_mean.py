@@ -13,8 +13,9 @@ centered once where it enters, by ``normfuse::center``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,15 +24,16 @@ from torch import fx
 from .. import ir
 from ..axis import SPLITS, Axis, channel_scale, is_dropout
 from ..errors import Refuse
+from ..linear import WeightBuilder, is_weight, match_linear
 from ..manager import Context, Pass, PassResult, register
 from ..residual import (
+    Reader,
     Stream,
     Writer,
-    centered_streams,
+    centered_writers,
     iter_norms,
     linear_out_axis,
     streams,
-    writer_is_centered,
 )
 
 if TYPE_CHECKING:
@@ -46,8 +48,15 @@ _TO_RMS = {
     nf.add_layer_norm.default: nf.add_rms_norm.default,
 }
 
+_OTHER_NORM = (
+    "another norm reads the same stream and sees its mean (only LayerNorms are blind to it)"
+)
+
 # What a value of the stream is once the writers have been dealt with
-_CLEAN, _TABLE, _DIRTY = "centered", "a weight, centered or not as needed", "uncentered"
+_FREE = "zero-mean as it is"
+_CLEAN = "centered by its weights, so changed"
+_OPEN = "its writers' weights can be centered, if needed"
+_DIRTY = "as it was"
 
 
 @dataclass
@@ -126,27 +135,20 @@ class RemoveMean(Pass):
 
     def run(self, gm: fx.GraphModule, context: Context) -> PassResult:
         result = PassResult()
-        done: set[str] = set()
-        pending = self._candidates(gm)
-        touched: set[fx.Node] = set()
-        while pending:
-            stream, centered = pending.pop()
-            if not touched.isdisjoint(_references(stream)):
-                # the analysis knows nodes that have changed since
-                pending, touched = self._candidates(gm), set()
-                continue
+        builder = WeightBuilder(gm.graph, context)
+        found = streams(gm)
+        # facts of the graph as it came; rewrites keep its nodes (norms and linears change in place)
+        free = centered_writers(found)
+        for stream in found:
             sites = list(iter_norms(stream, *_LAYER_NORMS))
-            keys = [r.node.meta["site"] for r in sites]
-            if not keys or not done.isdisjoint(keys):
+            keys = list(dict.fromkeys(r.node.meta["site"] for r in sites))
+            if not keys:
                 continue
-            done.update(keys)
             banned = next((k for k in keys if (self.name, k) in context.banned), None)
             first = keys[0] if banned is None else banned
 
-            def plan(
-                stream: Stream = stream, centered: bool = centered, touched: set = touched
-            ) -> Callable[[], None]:
-                return self._plan(gm, context, stream, centered, touched)
+            def plan(stream: Stream = stream) -> Callable[[], None]:
+                return self._plan(builder, context, stream, free)
 
             before = len(result.refused)
             applied = self.attempt(context, result, first, plan)
@@ -162,141 +164,132 @@ class RemoveMean(Pass):
                 result.refused += [(k, reason) for k in others]
         return result
 
-    @staticmethod
-    def _candidates(gm: fx.GraphModule) -> list[tuple[Stream, bool]]:
-        """Streams with LayerNorms and whether they are zero-mean already, last stream first."""
-        found = streams(gm)
-        return [
-            (s, c)
-            for s, c in list(zip(found, centered_streams(found), strict=True))[::-1]
-            if any(iter_norms(s, *_LAYER_NORMS))
-        ]
-
     def _plan(
         self,
-        gm: fx.GraphModule,
+        builder: WeightBuilder,
         context: Context,
         stream: Stream,
-        centered: bool,
-        touched: set[fx.Node],
+        free: set[Writer],
     ) -> Callable[[], None]:
         sites = [r.node for r in iter_norms(stream, *_LAYER_NORMS)]
-        if centered:
+        if free.issuperset(stream.writers):
             return lambda: _to_rms(sites)
         try:
-            plan = self._distribute(stream, context)
+            plan = self._distribute(stream, context, free)
         except Refuse:
             if not self.explicit or any(ir.is_call(n, nf.add_layer_norm) for n in sites):
                 raise
-            return lambda: (_center_sites(stream, sites, touched), _to_rms(sites))[1]
+            return lambda: (_center_sites(stream, sites), _to_rms(sites))[1]
         if context.policy == "pays":
             self._must_pay(context, stream, plan, len(sites))
 
         def commit() -> None:
-            self._center_weights(gm, context, plan.weights, touched)
+            self._center_weights(builder, plan.weights)
             for value in plan.ops:
-                _center_value(stream, value, touched)
+                _center_value(stream, value)
             _to_rms(sites)
 
         return commit
 
     # -- planning ----------------------------------------------------------------------------
 
-    def _distribute(self, stream: Stream, context: Context) -> _Plan:
+    def _distribute(self, stream: Stream, context: Context, free: set[Writer]) -> _Plan:
         """Decide for every writer where its mean is removed; raise if a reader would notice."""
-        for r in stream.norms:
-            if not ir.is_call(r.node, *_LAYER_NORMS):
-                raise Refuse(
-                    "another norm reads the same stream and sees its mean (only LayerNorms are "
-                    "blind to it)",
-                    r.node,
-                )
+        blind = [r for r in stream.norms if ir.is_call(r.node, *_LAYER_NORMS)]
+        seeing = [r for r in stream.readers if r not in blind]
+        for r in seeing:
+            if ir.is_call(r.node, nf.add_rms_norm):
+                raise Refuse(_OTHER_NORM, r.node)
         plan = _Plan()
         own: dict[fx.Node, Writer] = {w.node: w for w in stream.writers if w.user is None}
         leaves: dict[fx.Node, list[Writer]] = {}
         for w in stream.writers:
             if w.user is not None:
                 leaves.setdefault(w.user, []).append(w)
-        exposed = {r.value for r in (*stream.raw_readers, *stream.taps)}
-        read = {r.value for r in stream.norms}
+        exposed = {r.value: r for r in reversed(seeing)}
+        read = {r.value for r in blind}
         fanout: dict[fx.Node, int] = {}
         for value in stream.values:
             for operand in {o for o, _ in stream.operands(value)}:
                 fanout[operand] = fanout.get(operand, 0) + 1
         status: dict[fx.Node, str] = {}
-        # tables that are still undecided at a value
-        tables: dict[fx.Node, list[Writer]] = {}
+        # writers that are still undecided at a value
+        open_writers: dict[fx.Node, list[Writer]] = {}
 
         def settle(value: fx.Node) -> None:
             """From here on ``value`` must be centered."""
-            if status[value] == _TABLE:
-                plan.weights.extend(tables[value])
+            if status[value] == _OPEN:
+                plan.weights.extend(open_writers[value])
             elif status[value] == _DIRTY:
                 plan.ops.append(value)
-            status[value] = _CLEAN
+            if status[value] != _FREE:
+                status[value] = _CLEAN
 
         for value in stream.values:
             if value in own:
-                status[value] = self._writer_status(own[value], context)
-                tables[value] = [own[value]] if status[value] == _TABLE else []
-                if status[value] == _CLEAN and not writer_is_centered(own[value]):
-                    plan.weights.append(own[value])
+                status[value] = _FREE if own[value] in free else self._status(own[value], context)
+                open_writers[value] = [own[value]] if status[value] == _OPEN else []
             else:
-                sources = list(dict.fromkeys(o for o, _ in stream.operands(value)))
-                sources = [o for o in sources if o in status]
-                mine = leaves.get(value, [])
-                kinds = {status[o] for o in sources} | ({_TABLE} if mine else set())
+                weights = leaves.get(value, [])
+                sources = {o: None for o, _ in stream.operands(value)}
+                sources = [o for o in sources if all(o is not w.node for w in weights)]
+                if not all(o in status for o in sources) or not (sources or weights):
+                    raise Refuse(
+                        "an earlier rewrite changed this stream; run the pass again", value
+                    )
+                mine = [w for w in weights if w not in free]
+                kinds = {status[o] for o in sources} | ({_OPEN} if mine else set())
                 if _CLEAN in kinds:
                     for o in sources:
                         settle(o)
                     plan.weights.extend(mine)
-                    status[value], tables[value] = _CLEAN, []
+                    status[value], open_writers[value] = _CLEAN, []
                 elif _DIRTY in kinds:
-                    # weights that meet an uncentered value are centered together with it
-                    status[value], tables[value] = _DIRTY, []
+                    # writers that meet an uncentered value are centered together with it
+                    status[value], open_writers[value] = _DIRTY, []
+                elif _OPEN in kinds:
+                    status[value] = _OPEN
+                    open_writers[value] = [t for o in sources for t in open_writers[o]] + mine
                 else:
-                    status[value] = _TABLE
-                    tables[value] = [t for o in sources for t in tables[o]] + mine
+                    status[value], open_writers[value] = _FREE, []
             if value in exposed:
                 if status[value] == _CLEAN:
-                    self._refuse_exposed(stream, value)
-                status[value] = _DIRTY
+                    self._refuse_exposed(exposed[value], len(seeing) - 1)
+                if status[value] == _OPEN:
+                    status[value] = _DIRTY
             if value in read or fanout.get(value, 0) > 1:
                 settle(value)
-        plan.weights = [w for w in plan.weights if not writer_is_centered(w)]
         return plan
 
     @staticmethod
-    def _refuse_exposed(stream: Stream, value: fx.Node) -> None:
-        reader = next(r for r in (*stream.raw_readers, *stream.taps) if r.value is value)
-        others = len(stream.raw_readers) + len(stream.taps) - 1
-        more = f" (and {others} more readers)" if others else ""
+    def _refuse_exposed(reader: Reader, others: int) -> None:
+        more = f" (and {_count(others, 'more reader')})" if others else ""
+        if reader.kind == "norm":
+            raise Refuse(_OTHER_NORM + more, reader.node)
         if reader.kind == "tap":
             raise Refuse(
                 f"the residual stream itself is an output of the model, its mean included{more}",
-                value,
+                reader.value,
             )
         raise Refuse(
             f"{reader.label} {reader.reason}, so it sees the stream's mean{more}", reader.node
         )
 
-    def _writer_status(self, w: Writer, context: Context) -> str:
-        if writer_is_centered(w):
-            return _CLEAN
+    def _status(self, w: Writer, context: Context) -> str:
         if w.kind == "weight":
-            return _TABLE
+            return _OPEN
         if w.kind == "embedding":
             table = w.source.args[0]
             sparse = len(w.source.args) > 4 and w.source.args[4]
-            if sparse or w.gates or w.source_axis.dims != (-1,) or not ir.is_weight_expr(table):
+            if sparse or w.gates or w.source_axis.dims != (-1,) or not is_weight(table):
                 return _DIRTY
             if context.policy == "pays":
                 size = numel(ir.val(table)) * ir.dtype(table).itemsize
                 if size > self.max_table_bytes or context.training or _is_shared(table):
                     return _DIRTY
-            return _TABLE
+            return _OPEN
         if w.linear is not None and _centrable(w):
-            return _CLEAN
+            return _OPEN
         return _DIRTY
 
     def _must_pay(self, context: Context, stream: Stream, plan: _Plan, norms: int) -> None:
@@ -318,68 +311,51 @@ class RemoveMean(Pass):
 
     # -- committing --------------------------------------------------------------------------
 
-    def _center_weights(
-        self,
-        gm: fx.GraphModule,
-        context: Context,
-        writers: Sequence[Writer],
-        touched: set[fx.Node],
-    ) -> None:
-        graph = gm.graph
-        cache: dict[Any, fx.Node] = {}
-
-        def centered(
-            weight: fx.Node, axis: Axis, before: fx.Node, scale: fx.Node | None = None
-        ) -> fx.Node:
-            key = (weight, axis, scale)
-            if key not in cache:
-                dtypes = [ir.dtype(t) for t in (weight, scale) if t is not None]
-                with graph.inserting_before(before):
-                    work = context.fold_dtype(*dtypes)
-                    w = ir.weight_cast(graph, weight, work)
-                    if scale is not None:
-                        s = _along(graph, ir.weight_cast(graph, scale, work), weight, axis.dims[0])
-                        w = ir.emit(graph, aten.mul.Tensor, w, s, like=weight, weight=True)
-                    w = emit_center(graph, w, axis, like=weight, weight=True)
-                    cache[key] = ir.weight_cast(graph, w, ir.dtype(weight))
-            return cache[key]
-
+    @staticmethod
+    def _center_weights(builder: WeightBuilder, writers: Sequence[Writer]) -> None:
         for w in writers:
             if w.kind == "weight":
                 assert w.user is not None
-                new = centered(w.node, w.axis, w.user)
-                w.user.replace_input_with(w.node, new)
+                w.user.replace_input_with(w.node, _centered(builder, w.node, w.axis))
             elif w.kind == "embedding":
                 table = w.source.args[0]
-                new = centered(table, _table_axis(w), w.source)
-                w.source.update_arg(0, new)
+                w.source.update_arg(0, _centered(builder, table, _table_axis(w)))
             else:
-                self._center_linear(graph, w, centered, touched)
+                _center_linear(builder, w)
 
-    @staticmethod
-    def _center_linear(
-        graph: fx.Graph, w: Writer, centered: Callable[..., fx.Node], touched: set[fx.Node]
-    ) -> None:
-        linear = w.linear
-        assert linear is not None
-        axis = linear_out_axis(linear, w.source_axis)
-        assert axis is not None
-        scale = _gate_scale(w)
-        weight = centered(linear.weight, axis, w.source, scale)
-        changes: dict[str, Any] = {"weight": weight}
-        if linear.bias is not None:
-            bias_axis = Axis((-1,), axis.outer, axis.inner)
-            changes["bias"] = centered(linear.bias, bias_axis, w.source, scale)
-        new = linear.rebuild(**changes)
-        touched.add(w.source)
-        if scale is not None:
-            gate = w.gates[0]
-            unscaled = new if w.path[0] is gate else w.path[w.path.index(gate) - 1]
-            if ir.dtype(unscaled) != ir.dtype(gate):
-                with graph.inserting_before(gate):
-                    unscaled = ir.emit(graph, aten.to.dtype, unscaled, ir.dtype(gate), like=gate)
-            touched.add(gate)
-            ir.replace(gate, unscaled)
+
+def _centered(
+    builder: WeightBuilder, weight: fx.Node, axis: Axis, scale: fx.Node | None = None
+) -> fx.Node:
+    """``diag(scale)·weight`` minus its mean along ``axis``, rounded once to the weight's dtype."""
+    others = () if scale is None else (scale,)
+    w = builder.work(weight, *others)
+    if scale is not None:
+        s = builder.emit(aten.reshape.default, builder.work(scale, weight), [-1])
+        w = builder.emit(aten.mul.Tensor, w, builder.along(s, axis.dims[0]))
+    w = _emit_center(builder.emit, w, axis)
+    return builder.finish(w, ir.dtype(weight))
+
+
+def _center_linear(builder: WeightBuilder, w: Writer) -> None:
+    linear = match_linear(w.source)
+    assert linear is not None
+    axis = linear_out_axis(linear, w.source_axis)
+    assert axis is not None
+    scale = _gate_scale(w)
+    changes: dict[str, Any] = {"weight": _centered(builder, linear.weight, axis, scale)}
+    if linear.bias is not None:
+        along = Axis((-1,), axis.outer, axis.inner)
+        changes["bias"] = _centered(builder, linear.bias, along, scale)
+    linear.rebuild(**changes)
+    if scale is None:
+        return
+    gate = w.gates[0]
+    unscaled = w.source if w.path[0] is gate else w.path[w.path.index(gate) - 1]
+    with builder.graph.inserting_before(gate):
+        # the gate becomes a cast (of nothing, mostly), so that it stays the stream's value
+        gate.target, gate.args, gate.kwargs = aten.to.dtype, (unscaled, ir.dtype(gate)), {}
+    ir.set_val(gate)
 
 
 def _count(n: int, noun: str) -> str:
@@ -413,10 +389,12 @@ def _centrable(w: Writer) -> bool:
     linear = w.linear
     if linear is None or linear_out_axis(linear, w.source_axis) is None:
         return False
-    if not ir.is_weight_expr(linear.weight):
+    if not linear.owned:
         return False
-    if linear.bias is not None and not ir.is_weight_expr(linear.bias):
-        return False
+    if linear.bias is not None:
+        shape = ir.shape(linear.bias)
+        if not shape or not ir.same_dim(shape[-1], linear.out_features):
+            return False  # broadcast over the features
     if not w.gates:
         return True
     if len(w.gates) > 1 or is_dropout(w.gates[0]) or w.axis != w.source_axis:
@@ -425,15 +403,9 @@ def _centrable(w: Writer) -> bool:
     return all(len(n.users) == 1 for n in (w.source, *w.path[:-1]))
 
 
-def emit_center(
-    graph: fx.Graph, x: fx.Node, axis: Axis, *, like: fx.Node, weight: bool = False
-) -> fx.Node:
+def _emit_center(emit: Callable[..., fx.Node], x: fx.Node, axis: Axis) -> fx.Node:
     """``x`` minus its mean along ``axis``; the statistic of low-precision values is float32."""
     stat = torch.float32 if ir.dtype(x) in (torch.float16, torch.bfloat16) else None
-
-    def emit(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        return ir.emit(graph, target, *args, like=like, weight=weight, **kwargs)
-
     if axis.whole:
         return emit(nf.center.default, x, list(axis.dims), stat_dtype=stat)
     dim = axis.dims[0]
@@ -443,43 +415,31 @@ def emit_center(
     return emit(aten.flatten.using_ints, middle, dim - 2, dim)
 
 
-def _along(graph: fx.Graph, scale: fx.Node, weight: fx.Node, dim: int) -> fx.Node:
-    """A per-channel scale of any shape, broadcastable along ``dim`` of ``weight``."""
-    shape = [-1] + [1] * (-dim - 1)
-    return ir.emit(graph, aten.reshape.default, scale, shape, like=scale, weight=True)
-
-
-def _center_value(stream: Stream, value: fx.Node, touched: set[fx.Node]) -> None:
-    """Let the stream's ops and norms read ``value`` centered; others keep the original."""
-    inside = set(stream.values) | {r.node for r in stream.norms if r.value is value}
-    with value.graph.inserting_after(_after(value)):
-        new = emit_center(value.graph, value, stream.values[value], like=value)
-    _redirect(value, new, inside)
-    touched.add(value)
-
-
-def _center_sites(stream: Stream, sites: Sequence[fx.Node], touched: set[fx.Node]) -> None:
-    """One explicit centering per value that LayerNorms read; nothing else notices."""
-    chosen = set(sites)
-    for value in {r.value: None for r in iter_norms(stream, *_LAYER_NORMS)}:
-        with value.graph.inserting_after(_after(value)):
-            new = emit_center(value.graph, value, stream.values[value], like=value)
-        _redirect(value, new, chosen)
-        touched.add(value)
-
-
-def _after(value: fx.Node) -> fx.Node:
-    """Where to insert right behind ``value`` (placeholders stay together)."""
-    if value.op != "placeholder":
-        return value
-    return [n for n in value.graph.nodes if n.op == "placeholder"][-1]
-
-
-def _redirect(value: fx.Node, new: fx.Node, readers: set[fx.Node]) -> None:
+def _insert_center(value: fx.Node, axis: Axis, readers: set[fx.Node]) -> None:
+    """Let ``readers`` read ``value`` centered; all others keep the original."""
+    graph = value.graph
+    behind = value
+    if value.op == "placeholder":  # which stay together
+        behind = next(n for n in reversed(graph.nodes) if n.op == "placeholder")
+    with graph.inserting_before(behind.next):
+        new = _emit_center(partial(ir.emit, graph, like=value), value, axis)
     for user in list(value.users):
         parts = user.users if ir.is_call(user, *SPLITS) else (user,)
         if user is not new and any(p in readers for p in parts):
             user.replace_input_with(value, new)
+
+
+def _center_value(stream: Stream, value: fx.Node) -> None:
+    """Let the stream's ops and LayerNorms read ``value`` centered."""
+    inside = set(stream.values)
+    inside |= {r.node for r in iter_norms(stream, *_LAYER_NORMS) if r.value is value}
+    _insert_center(value, stream.values[value], inside)
+
+
+def _center_sites(stream: Stream, sites: Sequence[fx.Node]) -> None:
+    """One explicit centering per value that LayerNorms read; nothing else notices."""
+    for value in {r.value: None for r in iter_norms(stream, *_LAYER_NORMS)}:
+        _insert_center(value, stream.values[value], set(sites))
 
 
 def _to_rms(sites: Sequence[fx.Node]) -> None:
@@ -491,13 +451,3 @@ def _to_rms(sites: Sequence[fx.Node]) -> None:
         node.target = _TO_RMS[node.target]
         node.args = tuple(args[name] for name in positional)
         node.kwargs = {k: v for k, v in args.items() if k not in positional}
-
-
-def _references(stream: Stream) -> Iterator[fx.Node]:
-    """Nodes that a rewrite of the stream relies on."""
-    yield from stream.values
-    for w in stream.writers:
-        yield w.source
-        yield from w.path
-        if w.linear is not None:
-            yield w.linear.input

@@ -153,8 +153,9 @@ def test_casts_and_in_place_adds():
     s = only(LowPrecision().eval())
     assert kinds(s) == ["embedding", "linear", "linear"]
     assert len(s.norms) == 3 and len(s.adds) == 2 and not s.raw_readers
-    assert {ir.dtype(r.value) for r in s.norms} == {torch.float32}
-    assert all(any("to" in str(n.target) for n in s.between(r)) for r in s.norms)
+    # the casts around the norms belong to the norms
+    assert {ir.dtype(v) for v in s.values} == {torch.bfloat16}
+    assert {ir.NormArgs(r.node).stat_dtype for r in s.norms} == {torch.float32}
 
 
 def test_norm_right_after_a_linear():
@@ -504,10 +505,8 @@ def tall(blocks, d=8):
                 new.meta["site"] = f"{new.meta['site']}#{i + 2}"
             env[node] = behind = new
         last = env[add]
-    final = next(n for n in graph.nodes if ir.is_call(n, nf.layer_norm) and n.args[0] is add)
-    for user in [n for n in ir.norm_nodes(gm) if n.args[0] is add]:
-        if not any(ir.is_call(u, aten.linear) for u in user.users):
-            final = user
+    readers = [n for n in ir.norm_nodes(gm) if n.args[0] is add]
+    final = next(n for n in readers if not any(ir.is_call(u, aten.linear) for u in n.users))
     final.replace_input_with(add, last)
     ir.check(gm)
     return gm
