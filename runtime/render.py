@@ -182,17 +182,17 @@ def _plural(n: int, noun: str) -> str:
 def quantity(x: float, unit: str) -> str:
     """``12345678, "B"`` as ``12.3 MB``."""
     sign, x = ("-", -x) if x < 0 else ("", x)
-    for prefix in ("", "k", "M", "G", "T"):
-        if x < 1000 or prefix == "T":
+    for prefix in ("", "k", "M", "G", "T", "P", "E"):
+        if x < 999.5 or prefix == "E":
             break
         x /= 1000
     return f"{sign}{x:.3g} {prefix}{unit}"
 
 
 def duration(seconds: float) -> str:
-    if seconds < 1e-3:
+    if seconds < 0.9995e-3:
         return f"{seconds * 1e6:.0f} µs"
-    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
 
 
 def summary(report: Report) -> dict[str, Any]:
@@ -372,9 +372,11 @@ def _hanging(text: Any, indent: int) -> Any:
     return grid
 
 
-def _tail(where: str, parts: int = 2) -> str:
-    """The end of a path, enough to find the file."""
-    return "/".join(where.replace("\\", "/").split("/")[-parts:])
+def _tail(where: str, limit: int = 32) -> str:
+    """The end of a path, enough to find the file: its name, and its folder where there is room."""
+    parts = where.replace("\\", "/").split("/")
+    short = "/".join(parts[-2:])
+    return short if len(short) <= limit else parts[-1]
 
 
 # -- HTML -----------------------------------------------------------------------------------------
