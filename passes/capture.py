@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from . import ir
 from .autocast import Autocast, ambient, disabled, make_explicit
-from .errors import CaptureError
+from .errors import CaptureError, Unsupported
 from .functionalize import functionalize
 from .inline import inline_regions
 from .report import Site
@@ -370,7 +370,7 @@ class _Retrace(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "call_function" and isinstance(n.target, torch._ops.HigherOrderOperator):
-            raise CaptureError(f"the graph holds the higher-order op {n.target}")
+            raise Unsupported(f"the graph holds the higher-order op {n.target}")
         return super().run_node(n)
 
 
@@ -386,7 +386,7 @@ def capture_fx(gm: fx.GraphModule, fakes: Sequence[Any], *, fake_mode: Any) -> f
     each are set by the caller (:func:`mark_dynamo_leaves`).
 
     Raises:
-        CaptureError: the graph holds something that cannot be retraced (a higher-order op).
+        Unsupported: the graph holds something that cannot be retraced (a higher-order op).
     """
 
     def run(*inputs: Any) -> Any:

@@ -11,6 +11,10 @@ class CaptureError(NormfuseError):
     """The model could not be turned into one pre-dispatch ATen graph; says what and where."""
 
 
+class Unsupported(CaptureError):
+    """The graph holds something normfuse does not look into; leaving it alone is right."""
+
+
 class SpecError(NormfuseError):
     """A graph violates the IR specification (a bug in a pass, never the user's fault)."""
 

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch._guards import TracingContext
 
 from ..passes.autocast import ambient, disabled
 from ..passes.capture import capture_fx, finish, mark_dynamo_leaves
-from ..passes.errors import NormfuseError
+from ..passes.errors import NormfuseError, Unsupported
 from ..passes.manager import Context, PassManager
 from ..passes.presets import resolve
 from ..passes.report import Report
@@ -32,6 +33,9 @@ from .options import Options, parse
 from .provenance import source_hash, trace_artifact
 
 log = logging.getLogger("normfuse")
+
+#: Dynamo's own signals (start the analysis over with other assumptions) pass through.
+_CONTROL_FLOW = (RestartAnalysis, SkipFrame)
 
 _reports: deque[Report] = deque(maxlen=256)
 _warned: set[str] = set()
@@ -72,6 +76,11 @@ def normfuse(
     start = time.perf_counter()
     try:
         program = rewrite_dynamo(gm, example_inputs, settings, report)
+    except _CONTROL_FLOW:
+        raise
+    except Unsupported as refusal:  # not a failure: there is nothing of ours to do here
+        report.notes.append(f"left to Inductor: {refusal}")
+        program = None
     except Exception as error:
         if settings.strict:
             raise
@@ -86,6 +95,10 @@ def normfuse(
         return inductor(gm, example_inputs, settings)
     try:
         return program.compile(example_inputs, settings)
+    except _CONTROL_FLOW:
+        with _lock:
+            _reports.remove(report)
+        raise
     except Exception as error:
         if settings.strict:
             raise
@@ -205,10 +218,7 @@ def rewrite_dynamo(
             torch.nn.Buffer,
             torch._subclasses.FakeTensor,
         ):
-            report.notes.append(
-                f"inputs of type {type(x).__name__} (sharded, quantized…) are left to Inductor"
-            )
-            return None
+            raise Unsupported(f"an input is a {type(x).__name__} (sharded, quantized…)")
     tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
     if not tensors:
         return None

@@ -19,7 +19,7 @@ from ..passes.errors import CaptureError, NormfuseError, VerificationError
 from ..passes.manager import Context, Pass, PassManager, copy_graph
 from ..passes.presets import policy_of, resolve
 from ..passes.report import Report
-from ..passes.verify import flat_double, flat_plain, max_error
+from ..passes.verify import flat_plain, max_error
 from ..passes.weights import WeightCache, ir_attribute, lift, split
 from .signature import Signature
 
