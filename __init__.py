@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 _LAZY = {
     "rewrite": ("normfuse.runtime.rewrite", "rewrite"),
     "explain": ("normfuse.runtime.rewrite", "explain"),
+    "calibrate": ("normfuse.runtime.calibrate", "calibrate"),
+    "Calibration": ("normfuse.runtime.calibration", "Calibration"),
     "bisect": ("normfuse.runtime.bisect", "bisect"),
     "refresh": ("normfuse.passes.weights", "refresh"),
     "reports": ("normfuse.runtime.backend", "reports"),

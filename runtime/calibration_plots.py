@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from .statistics import TOP_K, Attention, Channels
 
 if TYPE_CHECKING:
-    from .calibrate import Calibration, Entry
+    from .calibration import Calibration, Entry
 
 #: Channels shown by name at most; the rest of the stream is sorted behind them.
 LABELS = 6

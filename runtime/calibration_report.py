@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..passes.report import Report
-    from .calibrate import Calibration
+    from .calibration import Calibration
 
 #: Columns of each kind's table: title, figure, format.
 COLUMNS: dict[str, list[tuple[str, str, str]]] = {
