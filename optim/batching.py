@@ -84,16 +84,19 @@ def _transposed(node: object) -> Node | None:
     return None
 
 
-def _gram_of(node: Node) -> tuple[Node, bool] | None:
-    """``(X, right)`` if ``node`` is ``X·Xᵀ`` (or ``XᵀX``: ``right``)."""
+def _gram_of(node: Node) -> list[tuple[Node, bool]]:
+    """Readings ``(X, right)`` of ``node`` as ``X·Xᵀ`` or (``right``) ``XᵀX``.
+
+    ``L·R`` with one the transpose of the other is both ``L·Lᵀ`` and ``RᵀR``.
+    """
     if node.op != "call_function" or node.target != aten.mm.default:
-        return None
+        return []
     left, right = node.args
-    if isinstance(left, Node) and _transposed(right) is left:
-        return left, False
-    if isinstance(right, Node) and _transposed(left) is right:
-        return right, True
-    return None
+    if not isinstance(left, Node) or not isinstance(right, Node):
+        return []
+    if _transposed(right) is left or _transposed(left) is right:
+        return [(left, False), (right, True)]
+    return []
 
 
 class _Reader:
@@ -185,10 +188,14 @@ class _Iteration:
 
 def _iteration(gram: Node, order: dict[Node, int]) -> _Iteration | None:
     """The iteration that starts at a Gram node, if its nodes serve nothing else."""
-    found = _gram_of(gram)
-    if found is None:
-        return None
-    x, right = found
+    for x, right in _gram_of(gram):
+        found = _iteration_from(x, gram, right, order)
+        if found is not None:
+            return found
+    return None
+
+
+def _iteration_from(x: Node, gram: Node, right: bool, order: dict[Node, int]) -> _Iteration | None:
     reader = _Reader(x, gram, right)
     seen: set[Node] = {gram}
     best: tuple[Node, Poly] | None = None
@@ -221,9 +228,10 @@ def _between(x: Node, end: Node) -> set[Node] | None:
     """All nodes from ``x`` (excluded) to ``end``; None if something else flows in."""
     inside: set[Node] = set()
     stack = [end]
+    origin = _transposed(x)  # when x is itself a transpose, what it transposes stands for xᵀ
     while stack:
         node = stack.pop()
-        if node is x or node in inside:
+        if node is x or node is origin or node in inside:
             continue
         if node.op != "call_function":
             return None
