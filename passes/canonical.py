@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from . import ir, normal_rules, normal_stats  # noqa: F401  (they fill the rule table)
-from .normal_facts import Miss, Norm, bind, is_cast
+from .normal_facts import Miss, Norm, bind, is_cast, packet
 from .normal_form import NormalForm
 from .report import Site
 
@@ -111,7 +111,7 @@ _TARGETS = {"layer_norm": nf.layer_norm.default, "rms_norm": nf.rms_norm.default
 
 def _replace(graph: fx.Graph, norm: Norm, key: str, moved: dict[fx.Node, fx.Node]) -> fx.Node:
     end = norm.end
-    x, gain, bias = (moved.get(a, a) for a in (norm.x, norm.gain, norm.bias))
+    x, gain, bias = (a and moved.get(a, a) for a in (norm.x, norm.gain, norm.bias))
     with graph.inserting_before(end):
         new = ir.emit(
             graph,
@@ -240,7 +240,7 @@ def _keys(
 ) -> dict[fx.Node, str]:
     """A unique key for each site, by its node: the module's path where the module is the norm."""
     sites: list[tuple[fx.Node, str]] = [(n.core, n.kind) for n in norms]
-    sites += [(n, _OTHER_NORMS[n.target.overloadpacket]) for n in others]
+    sites += [(n, _OTHER_NORMS[packet(n)]) for n in others]
     sites += [(m.node, "near_miss") for m in misses]
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     sites.sort(key=lambda s: order[s[0]])
@@ -285,12 +285,13 @@ def _facts(node: fx.Node, x: fx.Node, spelling: str) -> dict[str, Any]:
 
 
 def _other_site(node: fx.Node, key: str) -> Site:
-    kind = _OTHER_NORMS[node.target.overloadpacket]
+    kind = _OTHER_NORMS[packet(node)]
+    x: Any = node.args[0]
     spelling = _owner(node) or ""
     if not spelling.startswith("nn."):
         spelling = f"F.{kind}"
     node.meta["site"], node.meta["spelling"] = key, spelling
-    return Site(key=key, kind=kind, **_facts(node, node.args[0], spelling))
+    return Site(key=key, kind=kind, **_facts(node, x, spelling))
 
 
 def _miss_site(miss: Miss, key: str) -> Site:

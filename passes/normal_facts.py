@@ -30,6 +30,13 @@ class Value:
     center: Center | None = None
     text: str = "x"
 
+    @property
+    def base(self) -> fx.Node:
+        """A node of this value's shape: its own, or that of the tensor whose mean was removed."""
+        node = self.node if self.node is not None or self.center is None else self.center.x.node
+        assert node is not None
+        return node
+
 
 @dataclass(frozen=True)
 class Center:
@@ -247,7 +254,8 @@ FLAW_CANCEL = "the variance is written E[x²] − E[x]², whose cancellation a n
 def bind(node: fx.Node) -> dict[str, Any]:
     """All arguments of a call by schema name, defaults included."""
     out: dict[str, Any] = {}
-    for i, arg in enumerate(node.target._schema.arguments):
+    target: Any = node.target
+    for i, arg in enumerate(target._schema.arguments):
         if i < len(node.args):
             out[arg.name] = node.args[i]
         else:
@@ -260,6 +268,11 @@ def unexpanded(node: Any) -> Any:
     while ir.is_call(node, aten.expand, aten.expand_as, aten.broadcast_to):
         node = node.args[0]
     return node
+
+
+def packet(node: fx.Node) -> Any:
+    """The op a node calls, whatever the overload."""
+    return getattr(node.target, "overloadpacket", node.target)
 
 
 def is_cast(node: Any) -> bool:

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import ir
 from .normal_facts import (
@@ -43,6 +44,7 @@ from .normal_facts import (
     _is_one,
     _short,
     is_cast,
+    packet,
     unexpanded,
     widens,
 )
@@ -68,7 +70,7 @@ class NormalForm:
         self.extended: set[fx.Node] = set()
         self.misses: dict[fx.Node, Miss] = {}
         self._numbers: dict[Hashable, int] = {}
-        self._ident: dict[fx.Node, Hashable] = {}
+        self._ident: dict[fx.Node, Any] = {}
         self._constants: dict[fx.Node, Number | None] = {}
         self._weights: dict[fx.Node, bool] = {}
         self._region = 0
@@ -87,7 +89,7 @@ class NormalForm:
                 self._ident[node] = (self._ident[node], v.dtype)
                 self._visit(node, v)
             elif node.op == "call_function" and ir.is_pure(node):
-                rule = _RULES.get(_packet(node))
+                rule = _RULES.get(packet(node))
                 fact = rule(self, node) if rule else None
                 if fact is not None:
                     self.facts[node] = fact
@@ -134,7 +136,7 @@ class NormalForm:
         elif node.target in _RESHAPES:
             self._reshape(node)
         else:
-            rule = _RULES.get(_packet(node))
+            rule = _RULES.get(packet(node))
             fact = rule(self, node) if rule else None
             if fact is not None:
                 self.facts[node] = fact
@@ -171,11 +173,12 @@ class NormalForm:
         return self._constants[a]
 
     def _read_constant(self, node: fx.Node) -> Number | None:
-        t = self._evaluate(node, 8)
-        if t is None:
-            return None
-        tol = 4 * torch.finfo(t.dtype).eps if t.is_floating_point() else 1e-12
-        return Number(t.item(), max(tol, 1e-12))
+        with _disable_current_modes():  # constants are real tensors, even while fakes are traced
+            t = self._evaluate(node, 8)
+            if t is None:
+                return None
+            tol = 4 * torch.finfo(t.dtype).eps if t.is_floating_point() else 1e-12
+            return Number(t.item(), max(tol, 1e-12))
 
     def _evaluate(self, node: fx.Node, depth: int) -> torch.Tensor | None:
         """The tensor behind a small expression of 0-d constants, or ``None``."""
@@ -183,7 +186,7 @@ class NormalForm:
             if node.meta.get("kind") != "constant":
                 return None
             t: Any = self.gm
-            for part in node.target.split("."):
+            for part in str(node.target).split("."):
                 t = getattr(t, part, None)
             real = isinstance(t, torch.Tensor) and type(t) in (torch.Tensor, torch.nn.Parameter)
             return t.detach() if real and t.dim() == 0 and not t.is_meta else None
@@ -201,7 +204,7 @@ class NormalForm:
         if any(isinstance(a, fx.Node) for a in node.kwargs.values()):
             return None
         try:
-            t = node.target(*args, **node.kwargs)
+            t = node.target(*args, **node.kwargs)  # type: ignore[operator]
         except Exception:  # an odd constant is simply not a number to us
             return None
         return t if isinstance(t, torch.Tensor) and t.dim() == 0 else None
@@ -236,7 +239,7 @@ class NormalForm:
         self._set(node, fact)
 
     def _cast(self, node: fx.Node) -> None:
-        source = node.args[0]
+        source: Any = node.args[0]
         v, fact, to = self.value(source), self.fact(source), ir.dtype(node)
         if v is None:
             return
@@ -261,7 +264,7 @@ class NormalForm:
             self._set(node, replace(fact, dtype=to, flaw=fact.flaw or flaw))
 
     def _reshape(self, node: fx.Node) -> None:
-        source = node.args[0]
+        source: Any = node.args[0]
         v, fact = self.value(source), self.fact(source)
         if v is None:
             return
@@ -273,10 +276,7 @@ class NormalForm:
         stat = fact if isinstance(fact, Stat) else fact.stat
         if isinstance(fact, Root) and fact.gain is not None:
             return
-        if stat.v.node is None:
-            full = self._full_shape(stat)
-        else:
-            full = ir.shape(stat.v.node)
+        full = ir.shape(stat.v.base)
         rank = len(full)
         kept = tuple(1 if i - rank in stat.dims else s for i, s in enumerate(full))
         if ir.same_shape(ir.shape(node), kept):
@@ -287,11 +287,6 @@ class NormalForm:
             if ir.same_shape(ir.shape(source), kept):
                 self._set(node, fact)
 
-    @staticmethod
-    def _full_shape(stat: Stat) -> tuple:
-        assert stat.v.center is not None and stat.v.center.x.node is not None
-        return ir.shape(stat.v.center.x.node)
-
     # -- helpers of the rules -----------------------------------------------------------------
 
     def centered(self, x: Value, dims: tuple[int, ...], node: fx.Node | None) -> Value:
@@ -299,8 +294,7 @@ class NormalForm:
         return Value(number, x.dtype, node, Center(x, dims), f"({x.text}-mean({x.text}))")
 
     def stat(self, node: fx.Node, v: Value, power: int, dims: Any, keep: bool, text: str) -> Stat:
-        base = v.node if v.node is not None else v.center.x.node  # type: ignore[union-attr]
-        full = ir.shape(base)
+        full = ir.shape(v.base)
         rank = len(full)
         if dims is None or (isinstance(dims, (list, tuple)) and not dims):
             dims = range(rank)
@@ -317,7 +311,7 @@ class NormalForm:
         if root is None or root.q != -0.5:
             return
         stat = root.stat
-        if not ir.same_shape(ir.shape(node), self._full(s.v)):
+        if not ir.same_shape(ir.shape(node), ir.shape(s.v.base)):
             return
         c, p = s.c / math.sqrt(stat.c), s.p - (stat.p + 1) / 2
         flaw = s.flaw or root.flaw or stat.flaw
@@ -363,10 +357,6 @@ class NormalForm:
         self.misses[origin] = Miss(node, x.node or node, s.text, flaw)
 
     @staticmethod
-    def _full(v: Value) -> tuple:
-        return ir.shape(v.node if v.node is not None else v.center.x.node)  # type: ignore
-
-    @staticmethod
     def _eps(stat: Stat) -> float | None:
         """``shift / (c·N^(p+1))``: eps once the statistic is written as a mean."""
         if stat.shift == 0.0:
@@ -408,10 +398,6 @@ class NormalForm:
         return gain
 
 
-def _packet(node: fx.Node) -> Any:
-    return getattr(node.target, "overloadpacket", node.target)
-
-
 #: Rules by op packet: ``rule(form, node) -> fact``. Filled by ``normal_rules``.
 _RULES: dict[Any, Callable[[NormalForm, fx.Node], Fact | None]] = {operator.getitem: None}  # type: ignore
 
@@ -420,8 +406,8 @@ def rule(*packets: Any) -> Callable:
     """Decorator: the fact of a call to one of ``packets``."""
 
     def register(f: Callable) -> Callable:
-        for packet in packets:
-            _RULES[packet] = f
+        for each in packets:
+            _RULES[each] = f
         return f
 
     return register

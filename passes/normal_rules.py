@@ -57,10 +57,6 @@ def _raised(form: NormalForm, node: fx.Node, a: fx.Node, e: float, how: str) -> 
             return _power(fact, 2.0, f"{fact.text}²")
         if isinstance(fact, Stat) and fact.power == 1:
             return MeanSquared(fact) if fact.is_mean else None
-        if isinstance(fact, Scaled) and fact.root is None and fact.gain is None and not fact.p:
-            # a constant factor inside the square guards narrow dtypes against overflow
-            wide = abs(fact.c) != 1.0
-            return Square(fact.v, fact.c**2, fact.dtype, f"{fact.v.text}²", wide, fact.flaw)
         return None if v is None else Square(v, 1.0, v.dtype, f"{v.text}²")
     if not isinstance(fact, (Stat, Root)) or e not in (0.5, -0.5, -1.0):
         return None
@@ -143,7 +139,7 @@ def _relation(v: Value, stat: Stat) -> str | None:
     if v.center is not None and v.center.x.number == s.number:
         return "x − mean(x) is scaled by the mean square of x, not of x − mean(x)"
     if v.node is not None and s.node is not None:
-        part = s.node
+        part: Any = s.node
         if part.op == "call_function" and part.target is operator.getitem:
             part = part.args[0]
         if ir.is_call(part, *_SLICES) and part.args[0] is v.node:
@@ -158,6 +154,35 @@ def _relation(v: Value, stat: Stat) -> str | None:
     return None
 
 
+def _related(
+    form: NormalForm, v: Value, fact: Fact | None, stat: Stat
+) -> tuple[Scaled, Stat, str] | None:
+    """The scaled value and the statistic as functions of one tensor, and what is wrong with them.
+
+    Either may be written with a constant factor on that tensor: ``x·rsqrt(Σ (x/√d)² + eps)``.
+    """
+    values = [Scaled(v, v.dtype, v.text)]
+    if isinstance(fact, Scaled) and fact.root is None:
+        values.append(fact)
+    stats = [stat]
+    inner = form.fact(stat.v.node)
+    if isinstance(inner, Scaled) and inner.root is None and inner.gain is None and not inner.p:
+        if inner.flaw is None and inner.dtype == stat.v.dtype:
+            # the factor guards narrow dtypes against overflow: accumulate as the guard intends
+            wide = stat.wide or abs(inner.c) != 1.0
+            c = stat.c * inner.c**2
+            stats.append(replace(stat, v=replace(inner.v, dtype=inner.dtype), c=c, wide=wide))
+    best = None
+    for value in values:
+        for s in stats:
+            flaw = _relation(value.v, s)
+            if flaw == "":
+                return value, s, ""
+            if flaw is not None and best is None:
+                best = value, s, flaw
+    return best
+
+
 def _axes(mean: tuple[int, ...], square: tuple[int, ...]) -> str:
     return f"the mean runs over dims {list(mean)}, the mean square over dims {list(square)}"
 
@@ -166,8 +191,7 @@ def _aligned(stat: Stat, kept: bool) -> bool:
     """True if the reduced tensor broadcasts back along the dims it was reduced over."""
     if kept:
         return True
-    base = stat.v.node if stat.v.node is not None else stat.v.center.x.node  # type: ignore
-    rank = len(ir.shape(base))
+    rank = len(ir.shape(stat.v.base))
     return tuple(stat.dims) == tuple(range(-rank, -rank + len(stat.dims)))
 
 
@@ -178,15 +202,14 @@ def _value_times_root(
     d = ir.dtype(node)
     if v is None:
         return None
-    base = Scaled(v, v.dtype, v.text)
-    flaw = _relation(v, root.stat)
-    if flaw != "" and isinstance(fact, Scaled) and fact.root is None:
-        inner = _relation(fact.v, root.stat)
-        if inner is not None:
-            base, flaw = fact, inner
-    if flaw is None:
+    found = _related(form, v, fact, root.stat)
+    if found is None:
         return None
-    if base.gain is not None and root.gain is not None:
+    base, stat, flaw = found
+    root = replace(root, stat=stat)
+    if base.gain is not None and (
+        root.gain is not None or form.gain_fits(base.gain, base.v.base, root.stat.dims) is None
+    ):
         return None
     if not _aligned(root.stat, root.kept):
         flaw = flaw or "the statistic is broadcast along another dim than it was taken over"
@@ -254,23 +277,22 @@ def _times_gain(form: NormalForm, node: fx.Node, gain: Any, x: fx.Node) -> Fact 
     if isinstance(fact, Root):
         # γ·rstd first, then the value: the same dtype throughout, only the order differs
         stat = fact.stat
-        base = stat.v.node if stat.v.node is not None else stat.v.center.x.node  # type: ignore
-        fitting = form.gain_fits(gain, base, stat.dims) if base is not None else None
+        fitting = form.gain_fits(gain, stat.v.base, stat.dims)
         if fact.gain or fitting is None or d != fact.dtype:
             return None
         return replace(fact, gain=fitting, text=f"({fact.text}*γ)")
     if fact is None or (isinstance(fact, Scaled) and fact.gain is None):
-        base = fact if isinstance(fact, Scaled) else None
-        if base is None and v is not None and v.dtype == d:
-            base = Scaled(v, d, v.text)
-        if base is None or base.dtype != d:
+        scaled = fact if isinstance(fact, Scaled) else None
+        if scaled is None and v is not None:
+            scaled = Scaled(v, v.dtype, v.text)
+        if scaled is None or scaled.dtype != d:
             return None
-        where = base.v.node if base.v.node is not None else base.v.center.x.node  # type: ignore
-        dims = base.root.stat.dims if base.root else tuple(range(-len(ir.shape(where)), 0))
-        fitting = form.gain_fits(gain, where, dims)
-        if fitting is None or not ir.same_shape(ir.shape(node), ir.shape(where)):
+        base = scaled.v.base
+        every = tuple(range(-len(ir.shape(base)), 0))
+        fitting = form.gain_fits(gain, base, scaled.root.stat.dims if scaled.root else every)
+        if fitting is None or not ir.same_shape(ir.shape(node), ir.shape(base)):
             return None
-        return replace(base, gain=fitting, text=f"{base.text}*γ")
+        return replace(scaled, gain=fitting, text=f"{scaled.text}*γ")
     return None
 
 
@@ -321,6 +343,10 @@ def _name(number: Number) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def _first(node: fx.Node) -> Any:
+    return node.args[0]
+
+
 @rule(aten.neg)
 def _neg(form: NormalForm, node: fx.Node) -> Fact | None:
     return _scale(form, node, node.args[0], Number(-1.0), 1, "")
@@ -328,22 +354,22 @@ def _neg(form: NormalForm, node: fx.Node) -> Fact | None:
 
 @rule(aten.square)
 def _square(form: NormalForm, node: fx.Node) -> Fact | None:
-    return _raised(form, node, node.args[0], 2.0, "square")
+    return _raised(form, node, _first(node), 2.0, "square")
 
 
 @rule(aten.sqrt)
 def _sqrt(form: NormalForm, node: fx.Node) -> Fact | None:
-    return _raised(form, node, node.args[0], 0.5, "sqrt")
+    return _raised(form, node, _first(node), 0.5, "sqrt")
 
 
 @rule(aten.rsqrt)
 def _rsqrt(form: NormalForm, node: fx.Node) -> Fact | None:
-    return _raised(form, node, node.args[0], -0.5, "rsqrt")
+    return _raised(form, node, _first(node), -0.5, "rsqrt")
 
 
 @rule(aten.reciprocal)
 def _reciprocal(form: NormalForm, node: fx.Node) -> Fact | None:
-    return _raised(form, node, node.args[0], -1.0, "1/")
+    return _raised(form, node, _first(node), -1.0, "1/")
 
 
 @rule(aten.pow)
@@ -476,16 +502,16 @@ def _difference(form: NormalForm, node: fx.Node, a: Any, b: Any, alpha: Any) -> 
                 return replace(fa, v=v, flaw=FLAW_CANCEL, text=text)
         return None
     for x, mean, sign in ((a, fb, 1.0), (b, fa, -1.0)):
-        v = form.value(x)
-        if v is None or not isinstance(mean, Stat) or mean.power != 1 or not mean.is_mean:
+        value = form.value(x)
+        if value is None or not isinstance(mean, Stat) or mean.power != 1 or not mean.is_mean:
             continue
-        if mean.flaw or mean.v.number != v.number or not _aligned(mean, mean.kept):
+        if mean.flaw or mean.v.number != value.number or not _aligned(mean, mean.kept):
             continue
-        if mean.dtype != d or mean.v.dtype != d or not widens(v.dtype, d):
+        if mean.dtype != d or mean.v.dtype != d or not widens(value.dtype, d):
             continue
         if not ir.same_shape(ir.shape(node), ir.shape(x)):
             continue
-        centered = form.centered(replace(v, dtype=d), mean.dims, node)
+        centered = form.centered(replace(value, dtype=d), mean.dims, node)
         if sign > 0:
             form.values[node] = centered
             return None

@@ -256,6 +256,14 @@ def rms_overflow_guard_inside_the_square(m, x):
     return x * torch.rsqrt((x / math.sqrt(D)).pow(2).sum(-1, keepdim=True) + EPS)
 
 
+@spelling("rms_norm", "fxx", gain=True)
+def rms_of_a_tensor_times_a_constant(m, x):
+    x = 0.25 * x
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)
+    return m.w * h.to(x.dtype) + x
+
+
 @spelling("rms_norm", "xxx", eps=EPS / D)
 def rms_sqrt_d_over_root_of_sum(m, x):
     return x * (math.sqrt(D) / (x.pow(2).sum(-1, keepdim=True) + EPS).sqrt())
