@@ -92,6 +92,7 @@ class Linear:
         input = self.input if input is _KEEP else input
         weight = self.weight if weight is _KEEP else weight
         bias = self.bias if bias is _KEEP else bias
+        old = (self.input, self.weight, self.bias)
         if self.layout in ("linear", "scaled_linear", "conv", "conv_transpose"):
             set_args(node, input=input, x=input, weight=weight, bias=bias)
         elif self.layout in ("addmm", "mm"):
@@ -110,8 +111,17 @@ class Linear:
                 with node.graph.inserting_before(node):
                     inner = ir.emit(node.graph, node.target, *args, like=node, **node.kwargs)
                 node.target, node.args, node.kwargs = aten.add.Tensor, (inner, bias), {}
-        ir.set_val(node)
+        # computing fake values is what costs at 1,000 blocks: only where they change
+        if not all(map(_alike, old, (input, weight, bias))):
+            ir.set_val(node)
         return node
+
+
+def _alike(a: fx.Node | None, b: fx.Node | None) -> bool:
+    """True if a layer's result does not change shape or dtype when ``b`` takes ``a``'s place."""
+    if a is None or b is None:
+        return a is b
+    return a is b or (ir.dtype(a) == ir.dtype(b) and ir.same_shape(ir.shape(a), ir.shape(b)))
 
 
 def set_args(node: fx.Node, **changes: Any) -> None:
