@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
@@ -54,8 +55,16 @@ def val(node: Any) -> Any:
     return node.meta.get("val") if isinstance(node, fx.Node) else None
 
 
+def concrete(size: Any) -> Any:
+    """A size as an ``int`` if it is known to be one number (its symbol was specialized later)."""
+    if isinstance(size, torch.SymInt):
+        known = size.node.maybe_as_int()
+        return size if known is None else known
+    return size
+
+
 def shape(node: fx.Node) -> tuple:
-    return tuple(val(node).shape)
+    return tuple(concrete(s) for s in val(node).shape)
 
 
 def dtype(node: fx.Node) -> torch.dtype:
@@ -277,7 +286,8 @@ def set_val(node: fx.Node) -> None:
     if mode is None:
         result = node.target(*args, **kwargs)
     else:
-        with mode, torch.no_grad():
+        # the dispatcher in Python is what lets composite and meta kernels see symbolic sizes
+        with mode, torch.no_grad(), enable_python_dispatcher():
             result = node.target(*args, **kwargs)
     node.meta["val"] = result
     if isinstance(result, torch.Tensor):

@@ -139,7 +139,11 @@ def _through(user: fx.Node, value: fx.Node, axis: Axis) -> Axis | None:
     if is_dropout(user) and dropout_is_active(user):
         return axis if ir.is_call(user, aten.dropout) else None
     if len(axis.dims) > 1 and ir.is_call(user, *_PERMUTES):
-        return None  # the order of the features might change
+        # the features must keep their order
+        moved = [result_axis(user, value, Axis((d,))) for d in axis.dims]
+        dims = [m.dims[0] for m in moved if m is not None]
+        if len(dims) < len(axis.dims) or dims != sorted(dims):
+            return None
     found = result_axis(user, value, axis)
     if found is None:
         return None
