@@ -157,6 +157,8 @@ class MatrixOptimizer(Optimizer):
                 raise ValueError(f"{name} has dtype {p.dtype}; a floating dtype is needed")
             if p.layout != torch.strided:
                 raise ValueError(f"{name} is {p.layout}; a dense parameter is needed")
+            if _shards(p) is not None and group.get("split") is not None:
+                raise ValueError(f"{name} is a DTensor; split is not supported for sharded ones")
             make_slots(p, name, group, pipeline)
 
     # -- buckets -----------------------------------------------------------------------------------
@@ -177,11 +179,11 @@ class MatrixOptimizer(Optimizer):
             sorted_slots: dict[Any, list[Slot]] = {}
             for i, p in enumerate(group["params"]):
                 for slot in make_slots(p, _name(group, number, i), group, pipeline):
-                    key = (slot.stacked_shape, p.dtype, p.device)
+                    key = (slot.stacked_shape, p.dtype, p.device, _shards(p))
                     sorted_slots.setdefault(key, []).append(slot)
             for slots in sorted_slots.values():
                 for part in _cut(slots):
-                    buckets.append(Bucket(part, pipeline, group, self.state))
+                    buckets.append(_bucket_class(part[0].param)(part, pipeline, group, self.state))
         self._buckets, self._layout = buckets, self._layout_now()
         return buckets
 
@@ -226,15 +228,15 @@ class MatrixOptimizer(Optimizer):
     def _finite(self, bucket: Bucket, active: list[int], policy: str) -> list[int]:
         """On CPUs non-finite matrices leave the batch here; elsewhere the graph masks them, because
         reading a flag would wait for the device."""
-        if bucket.device.type != "cpu" and policy == "skip":
+        if bucket.device.type != "cpu" and policy == "skip" and not bucket.sharded:
             return active
-        flags = [_all_finite(bucket.slots[i]) for i in active]
+        flags = bucket.finite(active, _grad)
         if policy == "raise":
             for i, ok in zip(active, flags, strict=True):
-                if not bool(ok):
+                if not ok:
                     raise ValueError(f"the gradient of {bucket.slots[i].name} holds NaN or Inf")
             return active
-        return [i for i, ok in zip(active, flags, strict=True) if bool(ok)]
+        return [i for i, ok in zip(active, flags, strict=True) if ok]
 
     # -- saving, loading, copying ------------------------------------------------------------------
 
@@ -292,6 +294,19 @@ def _algorithm(name: str) -> Algorithm:
     return ALGORITHMS[name]
 
 
+def _shards(p: Tensor) -> Any:
+    """Mesh and placements of a DTensor; None for plain tensors, without importing DTensor."""
+    return (p.device_mesh, p.placements, p.shape) if hasattr(p, "placements") else None
+
+
+def _bucket_class(p: Tensor) -> type[Bucket]:
+    if _shards(p) is None:
+        return Bucket
+    from .distributed import ShardedBucket
+
+    return ShardedBucket
+
+
 def _name(group: Mapping[str, Any], number: int, index: int) -> str:
     names = group.get("param_names")
     return str(names[index]) if names else f"parameter {index} of group {number}"
@@ -300,14 +315,6 @@ def _name(group: Mapping[str, Any], number: int, index: int) -> str:
 def _grad(slot: Slot) -> Tensor:
     assert slot.param.grad is not None
     return slot.param.grad
-
-
-def _all_finite(slot: Slot) -> Tensor:
-    grad = slot.target(_grad(slot))
-    if grad.numel() == 0:
-        return torch.ones((), dtype=torch.bool)
-    low, high = torch.aminmax(grad)  # one pass; NaN reaches both, an infinity one of them
-    return torch.isfinite(low) & torch.isfinite(high)
 
 
 def _usable(slot: Slot) -> bool:

@@ -103,6 +103,7 @@ def make_slots(p: Tensor, name: str, group: Mapping[str, Any], pipeline: Pipelin
             pipeline.transposable
             and rows > cols
             and len(shape) == 2
+            and not hasattr(p, "placements")
             and (cols < ns.BLOCKED_FROM or p.device.type != "cpu")
         )
         suffix = "" if i == 0 else f".{i}"
@@ -134,6 +135,8 @@ def _pieces(p: Tensor, name: str, split: Any) -> list[tuple[int | None, int, int
 class Bucket:
     """Matrices of one group and stacked shape: states, constants and the step over them."""
 
+    sharded = False
+
     def __init__(
         self,
         slots: Sequence[Slot],
@@ -150,7 +153,7 @@ class Bucket:
         self.total = sum(s.count for s in self.slots)
         self.offsets = [sum(s.count for s in self.slots[:i]) for i in range(len(self.slots))]
         self.specs = pipeline.states(self.rows, self.cols)
-        self.stacks = {k: self._new(spec) for k, spec in self.specs.items()}
+        self.stacks = self._make_stacks()
         self.step = (
             torch.zeros(self.total, 1, 1, dtype=torch.float32, device=self.device)
             if pipeline.counts_steps
@@ -179,7 +182,7 @@ class Bucket:
 
     @property
     def periodic(self) -> bool:
-        return any(s.period for s in self.pipeline.stages)
+        return self.pipeline.periodic
 
     def _computing(self) -> torch.dtype:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -188,6 +191,9 @@ class Bucket:
         if spec.dtype is None or self.dtype == torch.float64:
             return self.dtype
         return spec.dtype
+
+    def _make_stacks(self) -> dict[str, Tensor]:
+        return {k: self._new(spec) for k, spec in self.specs.items()}
 
     def _new(self, spec: StateSpec) -> Tensor:
         shape = (self.total, *spec.shape)
@@ -201,12 +207,11 @@ class Bucket:
 
     def _bind(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
         """Copy what the optimizer's state already holds into the stacks, and hand out views."""
-        for slot, offset in zip(self.slots, self.offsets, strict=True):
+        for i, (slot, offset) in enumerate(zip(self.slots, self.offsets, strict=True)):
             span = slice(offset, offset + slot.count)
             for name, spec in self.specs.items():
-                self._bind_one(
-                    slot, slot.key(name), slot.view(self.stacks[name][span], spec), state
-                )
+                view = self._view_of(slot, i, offset, name, spec)
+                self._bind_one(slot, slot.key(name), view, state)
             if self.step is not None:
                 view = self.step[offset].view(())
                 old = state[slot.param].get("step") if slot.param in state else None
@@ -216,15 +221,19 @@ class Bucket:
                     state[slot.param]["step"] = view
                     self._handed.append((slot.param, "step", view))
 
+    def _view_of(self, slot: Slot, index: int, offset: int, name: str, spec: StateSpec) -> Tensor:
+        return slot.view(self.stacks[name][offset : offset + slot.count], spec)
+
+    def _copy_into(self, view: Tensor, old: Tensor) -> None:
+        view.copy_(old.reshape(view.shape))
+
     def _bind_one(
         self, slot: Slot, key: str, view: Tensor, state: Mapping[Tensor, dict[str, Any]]
     ) -> None:
         old = state[slot.param].get(key) if slot.param in state else None
         if isinstance(old, Tensor):
-            if old.shape == view.shape:
-                view.copy_(old)
-            elif old.numel() == view.numel() and old.numel():
-                view.copy_(old.reshape(view.shape))
+            if old.numel() == view.numel():
+                self._copy_into(view, old)
             else:
                 warnings.warn(
                     f"{slot.name}: its state {key!r} has shape {tuple(old.shape)}, but "
@@ -239,6 +248,10 @@ class Bucket:
         return all(p in state and state[p].get(k) is v for p, k, v in self._handed)
 
     # -- the step ------------------------------------------------------------------------------------
+
+    def finite(self, active: Sequence[int], grads: Callable[[Slot], Tensor]) -> list[bool]:
+        """Whether the gradient of each active slot holds finite numbers only."""
+        return [bool(_all_finite(s.target(grads(s)))) for s in (self.slots[i] for i in active)]
 
     def fill_hyper(self) -> None:
         """Copy the group's current numbers into the tensors the step reads."""
@@ -360,6 +373,13 @@ class Bucket:
         """Estimated peak of one step besides parameters, gradients and states."""
         size = torch.finfo(self._computing()).bits // 8
         return 4 * self.total * self.rows * self.cols * size
+
+
+def _all_finite(grad: Tensor) -> Tensor | bool:
+    if grad.numel() == 0:
+        return True
+    low, high = torch.aminmax(grad)  # one pass; NaN reaches both, an infinity one of them
+    return torch.isfinite(low) & torch.isfinite(high)
 
 
 def _is_zero(value: Any) -> bool:

@@ -60,6 +60,10 @@ class Pipeline:
         return any(s.counts_steps for s in self.stages)
 
     @property
+    def periodic(self) -> bool:
+        return any(s.period for s in self.stages)
+
+    @property
     def reads_ndim(self) -> bool:
         return any(s.reads_ndim for s in self.stages)
 

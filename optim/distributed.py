@@ -1,0 +1,290 @@
+"""Sharded parameters (FSDP2, tensor parallel, HSDP): the same step, whole matrices on one rank each.
+
+For a bucket of ``DTensor`` parameters the leading elementwise stages (momentum, all of AdamW) run on
+the local shards, where their states live. What follows needs whole matrices: each is gathered, worked
+on by exactly one rank of the mesh, and its update sent to all, who keep their shard. States of those
+later stages are small for the common members (NorMuon: one number per row) and are kept equal on
+every rank. The result does not depend on the world size or the placements beyond rounding.
+
+Replicated parameters (DDP) are plain tensors and need nothing from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+from .buckets import Bucket, Slot
+from .pipeline import Pipeline, Tensors, computing_dtype, make_batch
+from .stages import Stage, StateSpec
+
+
+def _shard(full: Tensor, like: DTensor) -> Tensor:
+    """This rank's shard of ``full`` (equal on all ranks), without communication."""
+    mesh = like.device_mesh
+    whole = DTensor.from_local(full, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return whole.redistribute(mesh, like.placements).to_local()
+
+
+class ShardedBucket(Bucket):
+    """A bucket of DTensor parameters of one shape, mesh and placements."""
+
+    sharded = True
+
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        pipeline: Pipeline,
+        group: Mapping[str, Any],
+        state: Mapping[Tensor, dict[str, Any]],
+    ) -> None:
+        self.mesh = slots[0].param.device_mesh  # type: ignore[attr-defined]
+        split = 0
+        if not pipeline.reads_param and not pipeline.periodic:
+            while split < len(pipeline.stages) and pipeline.stages[split].elementwise:
+                split += 1
+        self.local_stages: tuple[Stage, ...] = pipeline.stages[:split]
+        self.whole_stages: tuple[Stage, ...] = pipeline.stages[split:]
+        self.local_names = {
+            k for s in self.local_stages for k in s.states(slots[0].rows, slots[0].cols)
+        }
+        self.local_shape = tuple(_local(slots[0].param).shape)
+        super().__init__(slots, pipeline, group, state)
+
+    # -- states ------------------------------------------------------------------------------------
+
+    def _make_stacks(self) -> dict[str, Tensor]:
+        out = {}
+        for name, spec in self.specs.items():
+            if name in self.local_names:
+                shape = (len(self.slots), *self.local_shape)
+                fill = float(spec.fill)
+                out[name] = torch.full(
+                    shape, fill, dtype=self._state_dtype(spec), device=self.device
+                )
+            else:
+                out[name] = self._new(spec)
+        return out
+
+    def _view_of(self, slot: Slot, index: int, offset: int, name: str, spec: StateSpec) -> Tensor:
+        if name not in self.local_names:
+            return slot.view(self.stacks[name][offset : offset + slot.count], spec)
+        p = slot.param
+        return DTensor.from_local(
+            self.stacks[name][index],
+            p.device_mesh,  # type: ignore[attr-defined]
+            p.placements,  # type: ignore[attr-defined]
+            run_check=False,
+            shape=p.shape,
+            stride=p.stride(),
+        )
+
+    def _copy_into(self, view: Tensor, old: Tensor) -> None:
+        if isinstance(view, DTensor):
+            if isinstance(old, DTensor):
+                same = old.device_mesh == view.device_mesh
+                old = old.redistribute(placements=view.placements) if same else old.full_tensor()
+            shard = old.to_local() if isinstance(old, DTensor) else _shard(old, view)
+            view.to_local().copy_(shard)
+        else:
+            view.copy_(old.full_tensor() if isinstance(old, DTensor) else old.reshape(view.shape))
+
+    # -- the step ------------------------------------------------------------------------------------
+
+    def finite(self, active: Sequence[int], grads: Callable[[Slot], Tensor]) -> list[bool]:
+        flags = [torch.isfinite(_local_grad(self.slots[i], grads)).all() for i in active]
+        if not flags:
+            return []
+        both = torch.stack(flags).to(torch.int32)
+        for d in range(self.mesh.ndim):
+            dist.all_reduce(both, op=dist.ReduceOp.MIN, group=self.mesh.get_group(d))
+        return [bool(v) for v in both]
+
+    def update(
+        self,
+        active: Sequence[int],
+        *,
+        compile: bool,
+        masked: bool,
+        grads: Callable[[Slot], Tensor],
+        apply: bool = True,
+    ) -> None:
+        """One step; every rank of the mesh must call it with the same ``active``."""
+        del compile, masked  # eager; non-finite matrices were taken out by :meth:`finite`
+        if not active or self.rows * self.cols == 0:
+            return
+        self.fill_hyper()
+        slots = [self.slots[i] for i in active]
+        local = self._local_part(active, slots, grads)
+        if self.whole_stages:
+            update, decay = self._whole_part(active, slots, local)
+        else:
+            rate = self.hyper["lr"]
+            update, decay = [(u * -rate).to(self.dtype) for u in local], None
+        self._apply_local(slots, update, decay)
+
+    def _local_part(
+        self, active: Sequence[int], slots: Sequence[Slot], grads: Callable[[Slot], Tensor]
+    ) -> list[Tensor]:
+        """Elementwise stages on the shards; the direction so far, one local tensor per slot."""
+        grad = torch.stack([_local_grad(s, grads) for s in slots])
+        if not self.local_stages:
+            return list(grad.to(computing_dtype(grad.dtype)).unbind())
+        index = torch.tensor(list(active), device=self.device)
+        flat = {k: self.stacks[k][index].reshape(len(slots), 1, -1) for k in self.local_names}
+        rows = self._matrix_rows(active)
+        t = Tensors(
+            grad.reshape(len(slots), 1, -1),
+            flat,
+            self.hyper,
+            {k: v[rows[:: slots[0].count]] for k, v in self.constants.items()},
+            None if self.step is None else self.step[rows[:: slots[0].count]],
+            None,
+        )
+        batch = make_batch(t)
+        for stage in self.local_stages:
+            batch = stage(batch)
+        for k in self.local_names:
+            stack = self.stacks[k]
+            stack[index] = batch.state[k].to(stack.dtype).reshape(len(slots), *self.local_shape)
+        if self.step is not None and not self.whole_stages:
+            self.step[rows] += 1
+        return [u.reshape(self.local_shape) for u in batch.update.unbind()]
+
+    def _matrix_rows(self, active: Sequence[int]) -> Tensor:
+        rows = [self.offsets[i] + k for i in active for k in range(self.slots[i].count)]
+        return torch.tensor(rows, device=self.device)
+
+    def _whole_part(
+        self, active: Sequence[int], slots: Sequence[Slot], local: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Gather matrices, work on this rank's, exchange results."""
+        world, rank = self.mesh.size(), _linear_rank(self.mesh)
+        share = -(-len(slots) // world)
+        mine = range(rank * share, min(len(slots), (rank + 1) * share))
+        count = slots[0].count
+        whole: dict[int, Tensor] = {}
+        params: dict[int, Tensor] = {}
+        for k, (slot, u) in enumerate(zip(slots, local, strict=True)):
+            # a collective: every rank takes part, only the owner keeps the result
+            full = _full(u, slot.param)
+            p = _full(_local(slot.param), slot.param) if self.pipeline.reads_param else None
+            if k in mine:
+                whole[k] = full.reshape(slot.count, slot.rows, slot.cols)
+                if p is not None:
+                    params[k] = p.reshape(slot.count, slot.rows, slot.cols)
+        names = [k for k in self.specs if k not in self.local_names]
+        shape = (share * count, self.rows, self.cols)
+        update = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        rows = self._matrix_rows(active)
+        new = {
+            k: torch.zeros((share * count, *self.specs[k].shape), dtype=self.stacks[k].dtype).to(
+                self.device
+            )
+            for k in names
+        }
+        decay = torch.ones(share * count, 1, 1, dtype=torch.float64, device=self.device)
+        if whole:
+            low = mine[0] * count
+            own = rows[low : low + len(whole) * count]
+            t = Tensors(
+                torch.cat([whole[k] for k in mine]),
+                {k: self.stacks[k][own] for k in names},
+                self.hyper,
+                {k: v[own] for k, v in self.constants.items()},
+                None if self.step is None else self.step[own],
+                torch.cat([params[k] for k in mine]) if params else None,
+            )
+            if self.periodic:
+                self._refresh([active[k] for k in mine], t)
+            batch = make_batch(t)
+            for stage in self.whole_stages:
+                batch = stage(batch)
+            size = len(whole) * count
+            update[:size] = (batch.update * -self.hyper["lr"]).to(self.dtype)
+            for k in names:
+                new[k][:size] = batch.state[k].to(new[k].dtype)
+            if batch.decay is not None:
+                rate = self.hyper["lr"] * self.hyper["weight_decay"] * self.pipeline.decay_factor
+                decay[:size] = 1 - rate * batch.decay
+        if self.periodic:
+            for i in active:
+                if i not in [active[k] for k in mine]:
+                    self._host_steps[i] += 1
+        total = len(slots) * count
+        update = _gather_first(update, self.mesh)[:total]
+        for k in names:
+            self.stacks[k][rows] = _gather_first(new[k], self.mesh)[:total]
+        if self.step is not None:
+            self.step[rows] += 1
+        pieces = [
+            _shard(u.reshape(s.param.shape), s.param)  # type: ignore[arg-type]
+            for s, u in zip(slots, update.split(count), strict=True)
+        ]
+        if not self.pipeline.reads_param:
+            return pieces, None
+        factors = _gather_first(decay, self.mesh)[:total]
+        return pieces, [f[0, 0, 0] for f in factors.split(count)]
+
+    def _apply_local(
+        self, slots: Sequence[Slot], update: Sequence[Tensor], decay: list[Tensor] | None
+    ) -> None:
+        targets = [_local(s.param) for s in slots]
+        rate = self.hyper["lr"] * self.hyper["weight_decay"] * self.pipeline.decay_factor
+        for i, (t, u) in enumerate(zip(targets, update, strict=True)):
+            factor = (1 - rate) if decay is None else decay[i]
+            if self.pipeline.decay_order == "after":
+                t.add_(u)
+                t.mul_(factor)
+            elif self.pipeline.cautious:
+                t.mul_(torch.where(u * t <= 0, factor, torch.ones_like(factor))).add_(u)
+            else:
+                t.mul_(factor).add_(u)
+
+
+def _local(p: Tensor) -> Tensor:
+    assert isinstance(p, DTensor)
+    return p.to_local()
+
+
+def _local_grad(slot: Slot, grads: Callable[[Slot], Tensor]) -> Tensor:
+    g, p = grads(slot), slot.param
+    assert isinstance(p, DTensor)
+    if not isinstance(g, DTensor):
+        raise RuntimeError(f"{slot.name}: its gradient is a plain tensor, the parameter a DTensor")
+    if g.placements != p.placements:
+        g = g.redistribute(placements=p.placements)
+    return g.to_local()
+
+
+def _full(local: Tensor, like: Tensor) -> Tensor:
+    assert isinstance(like, DTensor)
+    return DTensor.from_local(
+        local,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    ).full_tensor()
+
+
+def _linear_rank(mesh: Any) -> int:
+    rank = 0
+    for size, coordinate in zip(mesh.shape, mesh.get_coordinate(), strict=True):
+        rank = rank * size + coordinate
+    return rank
+
+
+def _gather_first(x: Tensor, mesh: Any) -> Tensor:
+    """Concatenate over all ranks of the mesh, in the order of :func:`_linear_rank`."""
+    for d in reversed(range(mesh.ndim)):
+        parts = [torch.empty_like(x) for _ in range(mesh.size(d))]
+        dist.all_gather(parts, x.contiguous(), group=mesh.get_group(d))
+        x = torch.cat(parts)
+    return x
