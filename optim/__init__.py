@@ -26,6 +26,7 @@ _LAZY = {
     "ARO": "rotated",
     "MatrixOptimizer": "base",
     "param_groups": "groups",
+    "CautiousWeightDecay": "wrappers",
     "NormalizeAndProject": "wrappers",
     "SafeStep": "wrappers",
     "scale_weight_decay": "wrappers",

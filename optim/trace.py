@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from ..passes.errors import NormfuseError
 from .batching import batch_newton_schulz
+from .delegate import Delegate
 
 
 class TraceRefused(NormfuseError):
@@ -44,12 +45,10 @@ def compile(
         ns_dtype: dtype inside recognized Newton–Schulz chains; None keeps the optimizer's.
         strict: raise :class:`TraceRefused` instead of warning once and running the original step.
     """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"compile needs a torch.optim.Optimizer, got {type(optimizer).__name__}")
     return TracedOptimizer(optimizer, ns_dtype, strict)
 
 
-class TracedOptimizer(Optimizer):
+class TracedOptimizer(Delegate):
     """Steps the wrapped optimizer through a traced graph; everything else is the wrapped one's.
 
     Attributes:
@@ -59,7 +58,7 @@ class TracedOptimizer(Optimizer):
     """
 
     def __init__(self, inner: Optimizer, ns_dtype: torch.dtype | None, strict: bool) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.ns_dtype, self.strict = ns_dtype, strict
         self.refused: str | None = None
         self.batches: list[int] = []
@@ -67,32 +66,8 @@ class TracedOptimizer(Optimizer):
         self.seconds = 0.0
         self._graphs: dict[Any, _Traced | str] = {}
 
-    # groups, states, hooks and defaults live in the wrapped optimizer
-    def __getattr__(self, name: str) -> Any:
-        if name == "inner":
-            raise AttributeError(name)
-        return getattr(self.inner, name)
-
     def __getstate__(self) -> dict[str, Any]:
-        return {"inner": self.inner, "ns_dtype": self.ns_dtype, "strict": self.strict}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["inner"], state["ns_dtype"], state["strict"])  # type: ignore[misc]
-
-    def __repr__(self) -> str:
-        return f"compiled {self.inner!r}"
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.inner.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.inner.load_state_dict(state_dict)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        self.inner.add_param_group(param_group)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.inner.zero_grad(set_to_none)
+        return {**super().__getstate__(), "_graphs": {}}  # graphs are traced anew
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         loss = None
