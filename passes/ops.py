@@ -26,15 +26,20 @@ from torch import Tensor
 
 __all__ = [
     "NORM_OPS",
+    "ada_rms_norm",
     "add_layer_norm",
     "add_rms_norm",
+    "affine_heads",
     "center",
     "crms_norm",
+    "gate_heads",
     "gated_rms_norm",
     "layer_norm",
     "rms_norm",
     "row_rstd",
     "scaled_linear",
+    "seed_norm",
+    "self_gate",
 ]
 
 _lib = torch.library.Library("normfuse", "DEF")
@@ -288,6 +293,153 @@ def gated_rms_norm(
     return y * (gate * gate_scale)
 
 
+def self_gate(y: Tensor, down: Tensor, up: Tensor, *, gate_scale: float = 2.0) -> Tensor:
+    """The gate of :func:`gated_rms_norm` on a vector that is normalized already (LayerNorm…).
+
+    ``y`` is ``(..., d)``, ``down`` ``(r, d)``, ``up`` ``(d, r)``; the result has ``y``'s dtype.
+    """
+    gate = torch.sigmoid(F.linear(F.silu(F.linear(y, down.to(y.dtype))), up.to(y.dtype)))
+    return y * (gate * gate_scale)
+
+
+def seed_norm(
+    x: Tensor,
+    dims: Sequence[int],
+    gain: Tensor | None,
+    bias: Tensor | None,
+    alpha: Tensor,
+    beta: Tensor,
+    eps: float = 1e-6,
+    *,
+    heads: int = 1,
+    stat_dtype: torch.dtype | None = None,
+    norm_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """SeeDNorm: ``(tanh(x·βᵀ)·α + gain) ⊙ x/rms(x) + bias`` ("Self-rescaled dynamic norm", 2025).
+
+    ``x`` is ``(..., d)``; ``alpha`` and ``beta`` are ``(d,)``. The dot product reads the raw input.
+    With ``heads`` > 1 each of as many contiguous slices has its own dot product, while the RMS runs
+    over all of ``d``. With ``beta = 0`` the result equals :func:`rms_norm` in every dtype.
+    """
+    h = x if stat_dtype is None else x.to(stat_dtype)
+    y = h * torch.rsqrt(h.square().mean(dims, keepdim=True) + eps)
+    if norm_dtype is not None:
+        y = y.to(norm_dtype)
+    wide = h.to(_opmath(h.dtype))
+    product = wide * beta.to(wide.dtype)
+    score = torch.tanh(product.unflatten(-1, (heads, -1)).sum(-1, keepdim=True))
+    dynamic = (score * alpha.to(wide.dtype).unflatten(-1, (heads, -1))).flatten(-2)
+    if gain is None:
+        y = y * (dynamic + 1).to(y.dtype)
+    else:
+        y = y * (dynamic.to(gain.dtype) + gain)
+    if bias is not None:
+        y = y + bias
+    return y if out_dtype is None else y.to(out_dtype)
+
+
+def ada_rms_norm(
+    x: Tensor,
+    dims: Sequence[int],
+    gain: Tensor | None,
+    bias: Tensor | None,
+    alpha: Tensor,
+    beta: Tensor,
+    eps: float = 1e-6,
+    *,
+    ada_eps: float = 1e-6,
+    stat_dtype: torch.dtype | None = None,
+    norm_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """AdaRMSN: ``x/rms(x) · sqrt((mean((α⊙x + β)²) + ε₂)/(1 + ε₂))``, then gain and bias.
+
+    After "Towards a graph transformer…" (PPGT, 2025), with two changes: the factor is divided by
+    ``sqrt(1 + ε₂)``, so that ``alpha = 0, beta = 1`` is exactly :func:`rms_norm`, and the norm's own
+    gain stays. ``alpha = 1, beta = 0`` undoes the normalization (up to the epsilons).
+    """
+    h = x if stat_dtype is None else x.to(stat_dtype)
+    y = h * torch.rsqrt(h.square().mean(dims, keepdim=True) + eps)
+    wide = h.to(_opmath(h.dtype))
+    inner = alpha.to(wide.dtype) * wide + beta.to(wide.dtype)
+    square = inner.square().mean(dims, keepdim=True)
+    # numerator and denominator are rounded alike, so their ratio is exactly 1 at insertion
+    scale = torch.sqrt((square + ada_eps) / (torch.ones_like(square) + ada_eps))
+    return _finish(y * scale.to(y.dtype), gain, bias, norm_dtype, out_dtype)
+
+
+def _per_head(t: Tensor, heads: int) -> Tensor:
+    """``(..., tokens, heads·w)`` to ``(..., heads, tokens, w)``."""
+    return t.unflatten(-1, (heads, -1)).transpose(-2, -3)
+
+
+def gate_heads(y: Tensor, x: Tensor, weight: Tensor, *, gate_scale: float = 2.0) -> Tensor:
+    """Gated attention: ``y ⊙ gate_scale·σ(x Wᵀ)``, by head or by element.
+
+    Args:
+        y: ``(batch, heads, tokens, w)``, the output of attention.
+        x: ``(batch, tokens, d)``, what the queries were computed from.
+        weight: ``(heads, d)`` (one gate per head) or ``(heads·w, d)`` (one per element).
+
+    ("Gated attention for large language models", 2025, position G1.) With ``weight = 0`` and
+    ``gate_scale = 2`` the gate is exactly 1 in every dtype.
+    """
+    gate = torch.sigmoid(F.linear(x, weight.to(x.dtype)))
+    return y * (_per_head(gate, y.shape[-3]) * gate_scale).to(y.dtype)
+
+
+def affine_heads(
+    y: Tensor,
+    value: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Affine-scaled attention around a finished ``y = softmax(…) value``: ``α·y + β·Σ value``.
+
+    ``α = clip((x Wᵀ + bias + 5)/10, 0, 1)`` per query and head, ``β = (mean − α)/N``, the sum runs
+    over the keys a query sees and ``N`` is the number of *all* keys ("Affine-scaled attention",
+    2026; the paper leaves ``N`` open: with the number of visible keys every row would sum to
+    ``mean`` whatever ``α`` is).
+
+    Args:
+        y: ``(batch, heads, queries, w)``; value: ``(batch, kv heads, keys, w)``.
+        x: ``(batch, queries, d)``; weight: ``(heads, d)``; bias: ``(heads,)``.
+        mean: ``(heads,)`` the running mean of α.
+        mask: bool, broadcastable to ``(batch, heads, queries, keys)``; True where a key is seen.
+        is_causal: query ``i`` sees keys up to ``i``; needs as many queries as keys.
+
+    Returns:
+        The result and ``(heads,)`` the mean of α over batch and queries, detached.
+
+    With ``weight = 0``, ``bias = 5`` and ``mean = 1`` the result equals ``y`` in every dtype.
+    """
+    heads = y.shape[-3]
+    logits = F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+    wide = _opmath(y.dtype)
+    alpha = _per_head(((logits.to(wide) + 5) / 10).clamp(0, 1), heads)
+    v = value.to(wide)
+    if is_causal:
+        seen = v.cumsum(-2)
+    elif mask is not None:
+        groups = heads // v.shape[-3]
+        v = v if groups == 1 else v.repeat_interleave(groups, -3)
+        seen = mask.to(wide) @ v
+    else:
+        seen = v.sum(-2, keepdim=True)
+    seen = seen / value.shape[-2]
+    if seen.shape[-3] != heads:
+        seen = seen.repeat_interleave(heads // seen.shape[-3], -3)
+    beta = mean.to(wide).reshape(-1, 1, 1) - alpha
+    out = y * alpha.to(y.dtype) + (beta * seen).to(y.dtype)
+    return out, alpha.detach().mean((-1, -2)).reshape(-1, heads).mean(0)
+
+
 _lib.define(f"layer_norm(Tensor x, {_NORM_ARGS.format(eps='1e-5')}) -> Tensor")
 _lib.define(f"rms_norm(Tensor x, {_NORM_ARGS.format(eps='1e-6')}) -> Tensor")
 _lib.define(
@@ -314,6 +466,23 @@ _lib.define(
     "ScalarType? norm_dtype=None, ScalarType? out_dtype=None) -> Tensor"
 )
 
+_lib.define("self_gate(Tensor y, Tensor down, Tensor up, *, float gate_scale=2.0) -> Tensor")
+_lib.define(
+    "seed_norm(Tensor x, int[] dims, Tensor? gain, Tensor? bias, Tensor alpha, Tensor beta, "
+    "float eps=1e-6, *, int heads=1, ScalarType? stat_dtype=None, ScalarType? norm_dtype=None, "
+    "ScalarType? out_dtype=None) -> Tensor"
+)
+_lib.define(
+    "ada_rms_norm(Tensor x, int[] dims, Tensor? gain, Tensor? bias, Tensor alpha, Tensor beta, "
+    "float eps=1e-6, *, float ada_eps=1e-6, ScalarType? stat_dtype=None, "
+    "ScalarType? norm_dtype=None, ScalarType? out_dtype=None) -> Tensor"
+)
+_lib.define("gate_heads(Tensor y, Tensor x, Tensor weight, *, float gate_scale=2.0) -> Tensor")
+_lib.define(
+    "affine_heads(Tensor y, Tensor value, Tensor x, Tensor weight, Tensor bias, Tensor mean, *, "
+    "Tensor? mask=None, bool is_causal=False) -> (Tensor, Tensor)"
+)
+
 _FORMULAS = {
     f.__name__: f
     for f in (
@@ -326,6 +495,11 @@ _FORMULAS = {
         scaled_linear,
         center,
         gated_rms_norm,
+        self_gate,
+        seed_norm,
+        ada_rms_norm,
+        gate_heads,
+        affine_heads,
     )
 }
 for _name, _formula in _FORMULAS.items():

@@ -2,4 +2,14 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from .attention import AffineScaledAttention, InsertGatedAttention
+from .norms import AdaRMSNorm, InsertGatedNorm, InsertPreAffine, SeeDNorm
+
+__all__ = [
+    "AdaRMSNorm",
+    "AffineScaledAttention",
+    "InsertGatedAttention",
+    "InsertGatedNorm",
+    "InsertPreAffine",
+    "SeeDNorm",
+]
