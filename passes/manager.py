@@ -90,6 +90,9 @@ class PassResult:
     savings: dict[str, tuple[float, float]] = field(default_factory=dict)
     #: sites this pass introduced (groups of linears, batch norms…)
     sites: list[Site] = field(default_factory=list)
+    #: the graph computes what it did before. False for extensions whose parameters were trained
+    #: already (another graph of an extended model) and for every pass with the promise "alter"
+    keeps_function: bool = True
 
     @property
     def modified(self) -> bool:
@@ -331,8 +334,11 @@ class PassManager:
                 undo()
                 raise
             if self.verify and result.modified:
-                from .verify import check_pass
+                from .verify import check_pass, rebase
 
+                if p.promise == "alter" or not result.keeps_function:
+                    rebase(gm, context)
+                    return result
                 disagreement = check_pass(before.graph, gm, context)
                 if disagreement is not None:
                     undo()
