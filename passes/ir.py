@@ -26,13 +26,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
 from . import ops
 from .errors import SpecError
@@ -271,27 +271,24 @@ def inherit(node: fx.Node, like: fx.Node, *, site: bool = False) -> None:
 
 def set_val(node: fx.Node) -> None:
     """(Re)compute ``meta['val']`` of a call node from its arguments' fake values."""
-    missing = [a for a in node.all_input_nodes if "val" not in a.meta]
+    inputs = node.all_input_nodes
+    missing = [a for a in inputs if "val" not in a.meta]
     if missing:
         raise SpecError(f"{node.format_node()} reads {missing[0].name}, which has no value")
+    values = [a.meta["val"] for a in inputs]
+    fakes = [v for v in values if isinstance(v, torch._subclasses.FakeTensor)]
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    mode = next(
-        (
-            v.fake_mode
-            for a in node.all_input_nodes
-            if isinstance(v := a.meta["val"], torch._subclasses.FakeTensor)
-        ),
-        None,
-    )
-    if mode is None:
-        result = node.target(*args, **kwargs)
-    else:
-        # the dispatcher in Python is what lets composite and meta kernels see symbolic sizes
-        with mode, torch.no_grad(), enable_python_dispatcher():
-            result = node.target(*args, **kwargs)
-    node.meta["val"] = result
-    if isinstance(result, torch.Tensor):
-        node.meta["tensor_meta"] = _extract_tensor_metadata(result)
+    shape_of = ops.SHAPES.get(node.target)
+    node.meta.pop("tensor_meta", None)
+    if not fakes:
+        node.meta["val"] = node.target(*args, **kwargs)
+        return
+    with fakes[0].fake_mode, torch.no_grad(), ExitStack() as stack:
+        if any(v._has_symbolic_sizes_strides for v in fakes):
+            # the dispatcher in Python is what lets composite and meta kernels see symbolic sizes
+            stack.enter_context(enable_python_dispatcher())
+        result = shape_of(*args, **kwargs) if shape_of is not None else None
+        node.meta["val"] = node.target(*args, **kwargs) if result is None else result
 
 
 def replace(old: fx.Node, new: fx.Node) -> None:

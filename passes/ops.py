@@ -511,6 +511,40 @@ NORM_OPS = frozenset(
 )
 
 
+
+
+def _norm_shape(
+    x: Tensor,
+    dims: Sequence[int],
+    gain: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 0.0,
+    *,
+    stat_dtype: torch.dtype | None = None,
+    norm_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor | None:
+    if out_dtype is None or not x.is_contiguous():
+        return None
+    return torch.empty_like(x, dtype=out_dtype)
+
+
+def _row_rstd_shape(
+    x: Tensor, dims: Sequence[int], eps: float = 0.0, *, stat_dtype: torch.dtype | None = None
+) -> Tensor:
+    kept = [1 if i - x.dim() in dims else s for i, s in enumerate(x.shape)]
+    return x.new_empty(kept, dtype=stat_dtype or x.dtype)
+
+
+#: Shape functions: the result on fake tensors without running the formula, ``None`` where only the
+#: formula tells (layouts, promotion). Passes re-compute values often, and formulas are slow to fake.
+SHAPES = {
+    torch.ops.normfuse.layer_norm.default: _norm_shape,
+    torch.ops.normfuse.rms_norm.default: _norm_shape,
+    torch.ops.normfuse.row_rstd.default: _row_rstd_shape,
+}
+
+
 def formula(target: torch._ops.OpOverload):
     """The defining formula of a vocabulary op, given its graph target."""
     return _FORMULAS[target._schema.name.split("::")[1]]

@@ -241,7 +241,6 @@ def _commit(norm: fx.Node, args: Any, readings: list[Reading], builder: WeightBu
         node.kwargs = {"out_dtype": ir.dtype(node)}
         node.target = nf.scaled_linear.default
         node.args = (x, weight, here.scale, linear.bias)
-        ir.set_val(node)
 
 
 def _follow(op: fx.Node, moved: _Moved) -> _Moved:
