@@ -198,7 +198,7 @@ class Stream:
         )
 
 
-def _label(node: fx.Node) -> str:
+def _label(node: Any) -> str:
     if node.op in ("placeholder", "get_attr"):
         return str(node.meta.get("fqn", node.name))
     name = getattr(node.target, "__name__", str(node.target)).split(".")[0]
@@ -218,7 +218,7 @@ def _is_add_norm(node: Any) -> bool:
     return ir.is_call(node, *ADD_NORMS)
 
 
-def _links(node: fx.Node, axis: Axis) -> Links | None:
+def _links(node: Any, axis: Axis) -> Links | None:
     """As :func:`axis.operands`, also through the fused residual add + norm."""
     if node.target is operator.getitem and _is_add_norm(node.args[0]):
         if node.args[1] != 1:
@@ -360,7 +360,7 @@ class _Builder:
             value, kind, cur, axis, at, tuple(reversed(path)), tuple(reversed(gates)), linear
         )
 
-    def _behind(self, node: fx.Node, axis: Axis) -> tuple[tuple[fx.Node, Axis], bool] | None:
+    def _behind(self, node: Any, axis: Axis) -> tuple[tuple[fx.Node, Axis], bool] | None:
         """The one operand behind a gate or a transparent op; ``None`` ends the search."""
         if is_dropout(node) and dropout_is_active(node):
             return (node.args[0], axis), True
@@ -375,7 +375,7 @@ class _Builder:
             return links[0], False
         return None
 
-    def _kind(self, node: fx.Node) -> str | None:
+    def _kind(self, node: Any) -> str | None:
         if node.op == "placeholder":
             return "input"
         linear = match_linear(node)
@@ -394,7 +394,7 @@ class _Builder:
         return None
 
 
-def _is_add(node: fx.Node) -> bool:
+def _is_add(node: Any) -> bool:
     if node.target is operator.getitem and _is_add_norm(node.args[0]):
         return True
     return ir.is_call(node, *ADDS)
@@ -473,110 +473,6 @@ def _skeleton(stream: Stream) -> nx.DiGraph:
         g.add_node(key, role="reader", kind=r.kind, label=r.label, item=r)
         connect(origin[r.value], key)
     return g
-
-
-# ---------------------------------------------------------------------------------------------
-# Zero means
-
-
-def weight_is_centered(node: Any, axis: Axis) -> bool:
-    """True if a weight expression is zero-mean along ``axis`` by construction.
-
-    Looks through casts, row scalings and shape ops for a ``normfuse::center``.
-    """
-    seen = 0
-    stack = [(node, axis)]
-    while stack:
-        cur, at = stack.pop()
-        seen += 1
-        if seen > 1000:
-            return False
-        if not isinstance(cur, fx.Node):
-            return False
-        if is_zeros(cur):
-            continue
-        if ir.is_call(cur, nf.center):
-            if at.whole and tuple(cur.args[1]) == at.dims:
-                continue
-            return False
-        links = operands(cur, at) if cur.op == "call_function" else None
-        if links is None:
-            return False
-        stack.extend(links)
-    return True
-
-
-def writer_is_centered(writer: Writer, known: set[fx.Node] | None = None) -> bool:
-    """True if the writer's result is zero-mean along the stream's features by construction.
-
-    Args:
-        known: norm nodes whose input is known to be zero-mean (for RMSNorms without affine).
-    """
-    if writer.gates:
-        return False
-    axis = writer.source_axis
-    if writer.kind in ("zeros",):
-        return True
-    if writer.kind == "weight":
-        return weight_is_centered(writer.node, axis)
-    if writer.kind == "embedding":
-        return axis.whole and weight_is_centered(writer.source.args[0], Axis((-1,)))
-    if writer.kind == "center":
-        return axis.whole and tuple(writer.source.args[1]) == axis.dims
-    if writer.kind == "norm":
-        return _norm_is_centered(writer.source, axis, known or set())
-    if writer.linear is not None:
-        found = linear_out_axis(writer.linear, axis)
-        if found is None:
-            return False
-        bias = writer.linear.bias
-        return weight_is_centered(writer.linear.weight, found) and (
-            bias is None or weight_is_centered(bias, Axis((-1,), axis.outer, axis.inner))
-        )
-    return False
-
-
-def _norm_is_centered(node: fx.Node, axis: Axis, known: set[fx.Node]) -> bool:
-    norm = node.args[0] if node.target is operator.getitem else node
-    if ir.is_call(norm, nf.gated_rms_norm, nf.crms_norm):
-        return False
-    args = ir.NormArgs(norm)
-    if args.bias is not None or not axis.whole or tuple(args.dims) != axis.dims:
-        return False
-    gain = args.gain
-    if gain is not None and not all(
-        -d > len(ir.shape(gain)) or ir.same_dim(ir.shape(gain)[d], 1) for d in axis.dims
-    ):
-        return False
-    return ir.is_call(norm, nf.layer_norm, nf.add_layer_norm) or norm in known
-
-
-def linear_out_axis(linear: Linear, axis: Axis) -> Axis | None:
-    """Where a stream's features live in the weight of the linear that writes it.
-
-    ``None`` if the layer's output features cannot be mixed by changing its weight alone (grouped
-    convolutions: each group sees other inputs).
-    """
-    if axis.dims != (linear.feature_out,) or linear.groups != 1:
-        return None
-    return Axis((linear.out_dim,), axis.outer, axis.inner)
-
-
-def centered_writers(found: list[Stream]) -> set[Writer]:
-    """The writers of ``found`` that are zero-mean along their stream's features by construction."""
-    result: set[Writer] = set()
-    known: set[fx.Node] = set()
-    for stream in found:
-        result.update(w for w in stream.writers if writer_is_centered(w, known))
-        if result.issuperset(stream.writers):
-            known.update(r.node for r in stream.norms)
-    return result
-
-
-def centered_streams(found: list[Stream]) -> list[bool]:
-    """For each stream, whether it is zero-mean along its features by construction."""
-    writers = centered_writers(found)
-    return [writers.issuperset(s.writers) for s in found]
 
 
 def iter_norms(stream: Stream, *targets: Any) -> Iterator[Reader]:

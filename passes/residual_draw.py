@@ -50,7 +50,7 @@ def _rows(stream: Stream) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _ops(nodes: Iterable[fx.Node]) -> str:
-    names = []
+    names: list[str] = []
     for n in nodes:
         name = getattr(n.target, "__name__", str(n.target)).split(".")[0]
         if not names or names[-1] != name:

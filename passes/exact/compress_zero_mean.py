@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -24,7 +24,8 @@ from ..axis import SPLITS, Axis, operands, result_axis, users
 from ..errors import Refuse
 from ..linear import Linear, WeightBuilder, is_weight, match_linear
 from ..manager import Context, Pass, PassResult, register
-from ..residual import Stream, Writer, centered_streams, linear_out_axis, streams
+from ..residual import Stream, Writer, streams
+from ..zero_mean import centered_streams, linear_out_axis
 
 if TYPE_CHECKING:
     import sympy
@@ -193,7 +194,7 @@ def _rows(value: fx.Node, axis: Axis) -> int:
     return numel(ir.val(value)) // width if isinstance(width, int) else 1
 
 
-def _check_sizes(node: fx.Node, axis: Axis) -> None:
+def _check_sizes(node: Any, axis: Axis) -> None:
     """Refuse ops whose result width we cannot state anew."""
     if ir.is_call(node, *_UNSIZED):
         raise Refuse("takes its shape from elsewhere", node)
@@ -276,7 +277,8 @@ class _Rewrite:
             assert w.user is not None
             w.user.replace_input_with(w.node, self._dropped(w.node, w.axis.dims[0]))
         elif w.kind == "embedding":
-            w.source.update_arg(0, self._dropped(w.source.args[0], -1))
+            table: Any = w.source.args[0]
+            w.source.update_arg(0, self._dropped(table, -1))
             ir.set_val(w.source)
         elif w.linear is not None:
             axis = linear_out_axis(w.linear, w.source_axis)
@@ -303,7 +305,7 @@ class _Rewrite:
             if user is not new and any(p in inside for p in parts):
                 user.replace_input_with(value, new)
 
-    def _narrow_value(self, value: fx.Node, axis: Axis) -> None:
+    def _narrow_value(self, value: Any, axis: Axis) -> None:
         """Restate the width where a shape op spells it, and recompute the fake value."""
         dim = axis.dims[0]
         if ir.is_call(value, *_RESHAPES):
@@ -318,7 +320,7 @@ class _Rewrite:
         if not ir.same_dim(ir.shape(value)[dim], self.width - 1):
             raise AssertionError(f"{value.name} kept its width {ir.shape(value)}")
 
-    def _to_crms(self, node: fx.Node) -> None:
+    def _to_crms(self, node: Any) -> None:
         args = ir.NormArgs(node)
         node.target = nf.crms_norm.default
         node.args = (args.x, None, None, args.eps)

@@ -26,15 +26,8 @@ from ..axis import SPLITS, Axis, channel_scale, is_dropout
 from ..errors import Refuse
 from ..linear import WeightBuilder, is_weight, match_linear
 from ..manager import Context, Pass, PassResult, register
-from ..residual import (
-    Reader,
-    Stream,
-    Writer,
-    centered_writers,
-    iter_norms,
-    linear_out_axis,
-    streams,
-)
+from ..residual import Reader, Stream, Writer, iter_norms, streams
+from ..zero_mean import centered_writers, linear_out_axis
 
 if TYPE_CHECKING:
     import sympy
@@ -179,7 +172,12 @@ class RemoveMean(Pass):
         except Refuse:
             if not self.explicit or any(ir.is_call(n, nf.add_layer_norm) for n in sites):
                 raise
-            return lambda: (_center_sites(stream, sites), _to_rms(sites))[1]
+
+            def explicit() -> None:
+                _center_sites(stream, sites)
+                _to_rms(sites)
+
+            return explicit
         if context.policy == "pays":
             self._must_pay(context, stream, plan, len(sites))
 
@@ -231,8 +229,8 @@ class RemoveMean(Pass):
                 open_writers[value] = [own[value]] if status[value] == _OPEN else []
             else:
                 weights = leaves.get(value, [])
-                sources = {o: None for o, _ in stream.operands(value)}
-                sources = [o for o in sources if all(o is not w.node for w in weights)]
+                links = dict.fromkeys(o for o, _ in stream.operands(value))
+                sources = [o for o in links if all(o is not w.node for w in weights)]
                 if not all(o in status for o in sources) or not (sources or weights):
                     raise Refuse(
                         "an earlier rewrite changed this stream; run the pass again", value
@@ -279,8 +277,9 @@ class RemoveMean(Pass):
         if w.kind == "weight":
             return _OPEN
         if w.kind == "embedding":
-            table = w.source.args[0]
-            sparse = len(w.source.args) > 4 and w.source.args[4]
+            source: Any = w.source
+            table = source.args[0]
+            sparse = len(source.args) > 4 and source.args[4]
             if sparse or w.gates or w.source_axis.dims != (-1,) or not is_weight(table):
                 return _DIRTY
             if context.policy == "pays":
@@ -318,7 +317,7 @@ class RemoveMean(Pass):
                 assert w.user is not None
                 w.user.replace_input_with(w.node, _centered(builder, w.node, w.axis))
             elif w.kind == "embedding":
-                table = w.source.args[0]
+                table: Any = w.source.args[0]
                 w.source.update_arg(0, _centered(builder, table, _table_axis(w)))
             else:
                 _center_linear(builder, w)
@@ -370,7 +369,7 @@ def _table_axis(w: Writer) -> Axis:
     return Axis((-1,), w.source_axis.outer, w.source_axis.inner)
 
 
-def _weight_of(w: Writer) -> fx.Node:
+def _weight_of(w: Writer) -> Any:
     if w.kind == "embedding":
         return w.source.args[0]
     return w.linear.weight if w.linear is not None else w.node
@@ -442,7 +441,7 @@ def _center_sites(stream: Stream, sites: Sequence[fx.Node]) -> None:
         _insert_center(value, stream.values[value], set(sites))
 
 
-def _to_rms(sites: Sequence[fx.Node]) -> None:
+def _to_rms(sites: Sequence[Any]) -> None:
     """Retarget LayerNorm nodes in place; every argument keeps its value."""
     for node in sites:
         args = ir.NormArgs(node).replaced()

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from normfuse import passes
 from normfuse.passes import ir
 from normfuse.passes.axis import Axis, operands, result_axis, through_reshape, users
-from normfuse.passes.residual import centered_streams, streams
+from normfuse.passes.residual import streams
+from normfuse.passes.zero_mean import centered_streams
 from stream_models import Attention, EncoderDecoder, LowPrecision, Mlp, Toy
 from torch import nn
 
