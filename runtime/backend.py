@@ -239,6 +239,7 @@ def rewrite_dynamo(
             policy=settings.policy,
             disabled=frozenset(settings.disable),
             fuel=settings.fuel,
+            options={"dynamo": {"backend": True}},  # nowhere to keep new parameters
         )
         if settings.verify:
             traced.meta["example_inputs"] = list(inputs)
@@ -261,11 +262,28 @@ def rewrite_dynamo(
     program = split(traced)
     if program is None:
         return Program(traced, None)
+    if settings.policy == "pays" and program.bytes > settings.max_folded_bytes:
+        refuse_all(
+            report,
+            f"folded weights would take {program.bytes / 2**20:.0f} MiB beside the original ones, "
+            f"more than max_folded_bytes ({settings.max_folded_bytes / 2**20:.0f} MiB)",
+        )
+        return None
     for node in traced.graph.find_nodes(op="placeholder")[-_outputs(program) :]:
         node._dynamo_source = None
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     report.weight_bytes = program.bytes
     return Program(traced, shared_cache(program, [inputs[i] for i in program.leaves]))
+
+
+def refuse_all(report: Report, reason: str) -> None:
+    """Turn everything that was applied into refusals: the rewritten graph is not used after all."""
+    for site in report.sites:
+        site.refused += [(name, reason) for name in site.applied]
+        site.applied = []
+        site.bytes_saved = site.flops_saved = 0.0
+    for record in report.passes:
+        record.applied, record.refused = 0, record.refused + record.applied
 
 
 def _outputs(program: Any) -> int:

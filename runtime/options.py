@@ -23,6 +23,8 @@ class Options:
         verify: compare the float64 results of each captured graph before and after every pass.
         strict: raise on any failure of ours instead of falling back to Inductor with a warning.
         fuel: number of site rewrites allowed, for bisection.
+        max_folded_bytes: under the policy ``"pays"``, the memory a graph may spend on folded copies
+            of weights in inference; a graph that wants more is left alone.
         inductor: everything else, validated against Inductor's own configuration.
     """
 
@@ -32,6 +34,7 @@ class Options:
     verify: bool = False
     strict: bool = False
     fuel: int | None = None
+    max_folded_bytes: int = 2 << 30
     inductor: dict[str, Any] = field(default_factory=dict)
 
 
@@ -42,6 +45,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "verify": (bool,),
     "strict": (bool,),
     "fuel": (int, type(None)),
+    "max_folded_bytes": (int,),
 }
 
 OWN = tuple(f.name for f in fields(Options) if f.name != "inductor")

@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ..passes.autocast import ambient, disabled
-from ..passes.capture import capture, checked_args
+from ..passes.capture import capture, checked_args, set_attribute
 from ..passes.errors import CaptureError, NormfuseError, VerificationError
 from ..passes.manager import Context, Pass, PassManager, copy_graph
 from ..passes.presets import policy_of, resolve
@@ -143,6 +143,8 @@ class RewrittenModule(nn.Module):
         self.__dict__["_settings"] = settings
         self.__dict__["_graphs"] = {}
         self.__dict__["_captured"] = []  # the same graphs, in a form Dynamo can trace through
+        #: names of parameters that passes added to the model
+        self.new_parameters: list[str] = []
         self.reports: list[Report] = []
         self._uncapturable: set[str] = set()
 
@@ -171,18 +173,28 @@ class RewrittenModule(nn.Module):
             "settings": self._settings,
             "training": self.training,
             "reports": self.reports,
+            "new_parameters": self.new_parameters,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         RewrittenModule.__init__(self, state["source"], state["settings"])
         self.training = state["training"]
         self.reports = state["reports"]
+        self.new_parameters = state["new_parameters"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModule:
         new = RewrittenModule(copy.deepcopy(self._source, memo), copy.copy(self._settings))
         new.reports = copy.deepcopy(self.reports, memo)
+        new.new_parameters = list(self.new_parameters)
         memo[id(self)] = new
         return new
+
+    def adopt(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Make parameters that a pass created the module's own, under their names."""
+        for name, parameter in parameters.items():
+            if name not in self.new_parameters:
+                set_attribute(self._source, name, parameter)
+                self.new_parameters.append(name)
 
     # -- running --------------------------------------------------------------------------------
 
@@ -264,7 +276,7 @@ def _is_cache(value: Any) -> bool:
 
 
 def build(
-    owner: nn.Module,
+    owner: RewrittenModule,
     source: nn.Module,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
@@ -273,8 +285,11 @@ def build(
     """Capture ``source`` as it is now (train or eval, grad mode, autocast) and rewrite the graph."""
     start = time.perf_counter()
     gm = capture(source, tuple(args), dict(kwargs), dynamic=settings.dynamic)
+    for name in owner.new_parameters:  # an earlier graph's additions are this one's too
+        set_attribute(gm, name, ir_attribute(source, name))
     flat, in_spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     report, _ = transform(gm, flat, settings, training=source.training)
+    owner.adopt(gm.meta.get("new_parameters", {}))
     graph = Graph(gm, owner, in_spec)
     if not torch.is_grad_enabled():
         cache = graph.prepare_inference()

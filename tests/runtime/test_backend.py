@@ -258,6 +258,14 @@ def test_switches(model, monkeypatch):
     assert len(backend.reports()[-1].applied) == 1
 
 
+def test_memory_limit_of_folded_weights(model):
+    fast = torch.compile(model, backend="normfuse", options={"max_folded_bytes": 100})
+    agree(fast, model, ids())
+    [report] = backend.reports()
+    assert not report.applied
+    assert any("max_folded_bytes" in reason for _, _, reason in report.refused)
+
+
 def test_threads(model):
     models = [trained_like(Transformer(layers=1), seed=s).eval() for s in range(3)]
     errors = []

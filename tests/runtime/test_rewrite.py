@@ -183,6 +183,26 @@ def test_baked_weights_are_plain_parameters(model):
         baked(ids().float())
 
 
+def test_added_parameters_belong_to_the_module(model):
+    new, report = normfuse.rewrite(model, (ids(),), passes=["insert_gated_norm"])
+    assert report.applied
+    added = set(new.state_dict()) - set(model.state_dict())
+    assert added and added == set(new.new_parameters)
+    assert torch.equal(logits(new, ids()), logits(model, ids()))
+    with torch.no_grad():
+        for name in added:
+            new.get_parameter(name).normal_()
+    changed = logits(new, ids())
+    assert not torch.equal(changed, logits(model, ids()))
+    new.train()
+    new(ids(), ids(seed=2))["loss"].backward()  # another mode and another structure
+    assert all(new.get_parameter(name).grad is not None for name in added)
+    assert set(new.state_dict()) - set(model.state_dict()) == added
+    new.eval()
+    for twin in (copy.deepcopy(new), pickle.loads(pickle.dumps(new))):
+        torch.testing.assert_close(logits(twin, ids()), changed)
+
+
 def test_code_that_cannot_be_captured_again_runs_as_it_is():
     class Picky(nn.Module):
         def __init__(self):
