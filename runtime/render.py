@@ -70,6 +70,29 @@ def _family(texts: list[str]) -> str:
     return out
 
 
+def _families(texts: list[str]) -> list[str]:
+    """``texts`` with those that differ in layer numbers only folded into one."""
+    families: dict[str, list[str]] = {}
+    for text in texts:
+        families.setdefault(_pattern(text)[0], []).append(text)
+    return [_family(members) for members in families.values()]
+
+
+def _some(names: list[str], limit: int, separator: str = ", ") -> str:
+    more = len(names) - limit
+    return separator.join(names[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+#: A refusal's place, appended by ``passes.manager.reason_text``: ``… [linear in h.0.fc at m.py:3]``.
+_PLACE = re.compile(r"^(?P<text>.*\S)\s+\[(?P<place>[^\[\]]+)\]$", re.S)
+
+
+def _split(reason: str) -> tuple[str, str]:
+    """A refusal's reason and the place it names (``""`` if none)."""
+    match = _PLACE.match(reason)
+    return (match["text"], match["place"]) if match else (reason, "")
+
+
 @dataclass
 class Reason:
     """One reason for a refusal, however many sites share it.
@@ -79,22 +102,19 @@ class Reason:
         pass_name: who refused.
         text: the reason, numbers of layers folded into ranges.
         sites: keys of the sites.
+        places: the graph nodes that failed the precondition, with module and ``file:line``.
     """
 
     number: int
     pass_name: str
     text: str
     sites: list[str] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
 
     @property
     def where(self) -> str:
         """The sites, shortened."""
-        families: dict[str, list[str]] = {}
-        for key in self.sites:
-            families.setdefault(_pattern(key)[0], []).append(key)
-        names = [_family(keys) for keys in families.values()]
-        more = len(names) - 4
-        return ", ".join(names[:4]) + (f" and {more} more" if more > 0 else "")
+        return _some(_families(self.sites), 4)
 
 
 @dataclass
@@ -145,16 +165,24 @@ def reasons(report: Report) -> list[Reason]:
 def _index_reasons(report: Report) -> tuple[list[Reason], dict[tuple[str, str], Reason]]:
     texts: dict[tuple[str, str], list[str]] = {}
     sites: dict[tuple[str, str], list[str]] = {}
-    for key, name, text in report.refused:
+    places: dict[tuple[str, str], list[str]] = {}
+    for key, name, reason in report.refused:
+        text, place = _split(reason)
         entry = (name, _pattern(text)[0])
-        if text not in texts.setdefault(entry, []):
-            texts[entry].append(text)
+        texts.setdefault(entry, []).append(text)
         sites.setdefault(entry, []).append(key)
+        if place and place not in text:
+            places.setdefault(entry, []).append(place)
     found = [
-        Reason(i, entry[0], _family(texts[entry]), sites[entry])
+        Reason(i, entry[0], _family(texts[entry]), sites[entry], _families(places.get(entry, [])))
         for i, entry in enumerate(texts, start=1)
     ]
     return found, dict(zip(texts, found, strict=True))
+
+
+def _refusals(site: Site) -> list[tuple[str, str]]:
+    """What :func:`_index_reasons` knows a site's refusals by."""
+    return list(dict.fromkeys((name, _pattern(_split(r)[0])[0]) for name, r in site.refused))
 
 
 def rows(report: Report, full: bool = False) -> list[Row]:
@@ -162,13 +190,12 @@ def rows(report: Report, full: bool = False) -> list[Row]:
     _, index = _index_reasons(report)
     groups: dict[tuple, list[Site]] = {}
     for i, s in enumerate(report.sites):
-        refused = tuple((name, _pattern(text)[0]) for name, text in s.refused)
-        fate = (s.kind, s.spelling, s.shape, s.dtype, tuple(s.applied), refused)
+        fate = (s.kind, s.spelling, s.shape, s.dtype, tuple(s.applied), tuple(_refusals(s)))
         groups.setdefault((i,) if full else (_pattern(s.key)[0], *fate), []).append(s)
     out = []
     for sites in groups.values():
-        entries = [(name, _pattern(text)[0]) for name, text in sites[0].refused]
-        out.append(Row(_family([s.key for s in sites]), sites, [index[e] for e in entries]))
+        name = _family([s.key for s in sites])
+        out.append(Row(name, sites, [index[e] for e in _refusals(sites[0])]))
     return out
 
 
@@ -302,7 +329,7 @@ def to_text(report: Report, full: bool = False, width: int = 100, color: bool = 
         table.add_column("what", overflow="fold")
         table.add_column("input", overflow="fold")
         table.add_column("rewritten by", overflow="fold")
-        table.add_column("refused [why]", overflow="fold")
+        table.add_column("refused", overflow="fold")
         style = {"rewritten": "green", "refused": "yellow", "near": "magenta", "left": "dim"}
         for row in listed:
             site = row.first
@@ -319,7 +346,7 @@ def to_text(report: Report, full: bool = False, width: int = 100, color: bool = 
                 what,
                 Text(f"{site.shape}\n" if site.shape else "").append(site.dtype, "dim"),
                 Text("\n".join(site.applied) or "–", "green" if site.applied else "dim"),
-                Text("\n".join(f"{r.pass_name} [{r.number}]" for r in row.reasons), "yellow"),
+                Text(" ".join(f"[{r.number}]" for r in row.reasons), "yellow"),
             )
         console.print(table)
 
@@ -327,13 +354,17 @@ def to_text(report: Report, full: bool = False, width: int = 100, color: bool = 
     if why:
         section("Refused, and why")
         for r in why:
-            line = Text(f"[{r.number}] ", "yellow")
+            mark = f"[{r.number}] "
+            line = Text(mark, "yellow")
             line.append(r.pass_name, "bold").append(f" · {_plural(len(r.sites), 'site')}", "dim")
             line.append(f": {r.text}")
-            console.print(_hanging(line, len(f"[{r.number}] ")))
-            if not full:
-                sites = Text(r.where, "dim")
-                console.print(Padding(sites, (0, 0, 0, len(f"[{r.number}] "))))
+            console.print(_hanging(line, len(mark)))
+            # the place names the site's own module more often than not
+            details = [_some(r.places, len(r.places) if full else 2, "; ")]
+            if not full and not any(n in details[0] for n in _families(r.sites)[:1]):
+                details.append(r.where)
+            for detail in filter(None, details):
+                console.print(Padding(Text(detail, "dim"), (0, 0, 0, len(mark))))
 
     if report.passes:
         section("Passes")

@@ -122,11 +122,32 @@ def test_reasons_are_listed_once_with_their_sites():
     (reason,) = reasons(report)
     assert reason.pass_name == "fold_affine"
     assert len(reason.sites) == 48
-    assert reason.text == "no reader is linear [relu in h.0–47.act at m.py:3]"
+    assert reason.text == "no reader is linear"
+    assert reason.places == ["relu in h.0–47.act at m.py:3"]
     assert reason.where == "h.0–47.ln_2"
     text = to_text(report)
     assert text.count("no reader is linear") == 1
     assert "[1] fold_affine · 48 sites:" in text
+
+
+def test_one_reason_at_several_places():
+    report = Report(sites=[Site(f"h.{i}.n", "layer_norm") for i in range(3)])
+    for i, place in enumerate(("[a in x at m.py:1]", "[a in x at m.py:1]", "[b in y at m.py:2]")):
+        report.sites[i].refused = [("p", f"no such luck {place}")]
+    (reason,) = reasons(report)
+    assert reason.text == "no such luck"
+    assert reason.places == ["a in x at m.py:1", "b in y at m.py:2"]
+    assert len(rows(report)) == 1
+    assert "a in x at m.py:1; b in y at m.py:2" in to_text(report)
+    # brackets that are part of the sentence, and a place the sentence has named already
+    report.sites[0].refused = [("p", "weights [a] and [b] differ")]
+    report.sites[1].refused = [("p", "add in z at m.py:9 is in the way [add in z at m.py:9]")]
+    found = reasons(report)
+    assert [r.text for r in found][:2] == [
+        "weights [a] and [b] differ",
+        "add in z at m.py:9 is in the way",
+    ]
+    assert found[1].places == []
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 140])

@@ -1,0 +1,314 @@
+"""Eager, Inductor and normfuse side by side, with the bound: the model without norms under Inductor.
+
+    python benchmarks/model_zoo.py [--quick] [--models gpt-192,vit-192] [--rows infer,train]
+                                   [--tokens 1,16,256] [--dtypes float32,bfloat16] [--out FOLDER]
+
+All variants of a row run in one process, interleaved round by round in random order. Ratios are medians
+of per-round ratios with a 95 % bootstrap interval. Compile time (cold caches) and peak memory are
+measured in a process of their own. Writes ``model_zoo-<device>.json`` and ``.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import normfuse
+import torch
+from models import MODELS, Model
+from normfuse.passes.manager import PassManager
+from normfuse.runtime import backend, measure
+from normfuse.runtime.rewrite import explain
+from torch import nn
+from tqdm import tqdm
+
+#: Variant -> (backend or None for eager, with norms)
+VARIANTS = {
+    "eager": (None, True),
+    "inductor": ("inductor", True),
+    "normfuse": ("normfuse", True),
+    "bound": ("inductor", False),
+}
+#: A row fails when its interval lies below this.
+FLOOR = 0.98
+#: Rows whose bound leaves this much are asked how much of it was taken.
+HEADROOM = 1.05
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def prepare(
+    model: Model, variant: str, mode: str, tokens: int, dtype: torch.dtype
+) -> tuple[Callable[[], Any], nn.Module]:
+    """A call of one variant, and its module; nothing is compiled yet."""
+    compiler, with_norms = VARIANTS[variant]
+    module = model.make(with_norms).to(device(), dtype)
+    x = model.inputs(tokens, dtype).to(device())
+    run: Callable = module
+    if compiler is not None:
+        options = {"strict": True} if compiler == "normfuse" else None
+        run = torch.compile(module, backend=compiler, dynamic=False, options=options)
+    if mode == "infer":
+
+        def call() -> torch.Tensor:
+            with torch.no_grad():
+                return run(x)
+
+        return call, module
+
+    module.train()
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        run(x).float().square().mean().backward()
+        optimizer.step()
+
+    return step, module
+
+
+def measure_row(
+    model: Model, mode: str, tokens: int, dtype: torch.dtype, options: argparse.Namespace
+) -> dict[str, Any]:
+    torch._dynamo.reset()
+    backend.clear_reports()
+    prepared = {v: prepare(model, v, mode, tokens, dtype) for v in VARIANTS}
+    times = measure.interleaved(
+        {v: call for v, (call, _) in prepared.items()},
+        rounds=options.rounds,
+        sample_seconds=options.sample,
+    )
+    reports = backend.reports()
+    sites = [s for r in reports for s in r.sites]
+    over = {v: measure.paired_ratio(times["inductor"], times[v]) for v in VARIANTS}
+    row: dict[str, Any] = {
+        "model": model.name,
+        "mode": mode,
+        "tokens": tokens,
+        "dtype": str(dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in prepared["normfuse"][1].parameters()),
+        "times": {v: t.to_dict() for v, t in measure.timings(times).items()},
+        "over_inductor": {v: asdict(r) for v, r in over.items()},
+        "sites": len(sites),
+        "rewritten": sum(bool(s.applied) for s in sites),
+        "passes": sorted({p for s in sites for p in s.applied}),
+        "pass_seconds": sum(r.seconds for r in reports),
+        "weight_bytes": sum(r.weight_bytes for r in reports),
+        "slower": over["normfuse"].high < FLOOR,
+    }
+    if over["bound"].low > HEADROOM:
+        row["headroom_taken"] = (over["normfuse"].value - 1) / (over["bound"].value - 1)
+    if options.probe:
+        row["probes"] = {v: probe(model, v, mode, tokens, dtype) for v in VARIANTS}
+    return row
+
+
+def probe(
+    model: Model, variant: str, mode: str, tokens: int, dtype: torch.dtype
+) -> dict[str, float]:
+    """Compile time with cold caches, and peak memory, in a fresh process."""
+    with tempfile.TemporaryDirectory() as caches:
+        words = [model.name, variant, mode, str(tokens), str(dtype).removeprefix("torch.")]
+        out = subprocess.run(
+            [sys.executable, __file__, "--one", ",".join(words)],
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": caches},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if out.returncode:
+        raise RuntimeError(out.stderr)
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+def one(words: list[str]) -> None:
+    """What a probing process does: first call, then a few more, then the peak."""
+    name, variant, mode, tokens, dtype = words
+    call, _ = prepare(MODELS[name], variant, mode, int(tokens), getattr(torch, dtype))
+    start = time.perf_counter()
+    call()
+    measure.synchronize()
+    first = time.perf_counter() - start
+    start = time.perf_counter()
+    call()
+    measure.synchronize()
+    later = time.perf_counter() - start
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        measure.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"compile_seconds": first - later, "peak_bytes": peak}))
+
+
+def depth_row(depth: int) -> dict[str, Any]:
+    """Seconds that the passes of the preset "exact" take on a model of ``depth`` blocks."""
+    from models import Decoder
+
+    torch.manual_seed(0)
+    model = Decoder(nn.LayerNorm, 16, depth, 2, "gpt", vocab=64).eval()
+    spent = 0.0
+    original = PassManager.run
+
+    def timed(self: PassManager, *args: Any, **kwargs: Any) -> Any:
+        nonlocal spent
+        start = time.perf_counter()
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            spent += time.perf_counter() - start
+
+    PassManager.run = timed  # type: ignore[method-assign]
+    try:
+        with torch.no_grad():
+            start = time.perf_counter()
+            report = explain(model, (torch.randint(64, (1, 8)),), dynamic=False)
+            total = time.perf_counter() - start
+    finally:
+        PassManager.run = original  # type: ignore[method-assign]
+    return {
+        "blocks": depth,
+        "sites": len(report.sites),
+        "pass_seconds": spent,
+        "explain_seconds": total,
+    }
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(math.log(max(v, 1e-9)) for v in values) / len(values))
+
+
+def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    taken = [r["headroom_taken"] for r in rows if "headroom_taken" in r]
+    ratios = [r["over_inductor"]["normfuse"]["value"] for r in rows]
+    compile_ratios = [
+        r["probes"]["normfuse"]["compile_seconds"] / r["probes"]["inductor"]["compile_seconds"]
+        for r in rows
+        if "probes" in r
+    ]
+    return {
+        "rows": len(rows),
+        "slower_rows": [label(r) for r in rows if r["slower"]],
+        "geometric_mean_over_inductor": geometric_mean(ratios) if ratios else None,
+        "rows_with_headroom": len(taken),
+        "headroom_taken": geometric_mean(taken) if taken else None,
+        "compile_time_ratio": geometric_mean(compile_ratios) if compile_ratios else None,
+    }
+
+
+def label(row: dict[str, Any]) -> str:
+    return f"{row['model']} {row['mode']} {row['tokens']} {row['dtype']}"
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result as a page; ``render_tables.py`` puts the same tables elsewhere."""
+    from render_tables import depth_table, environment_line, summary_lines, zoo_table
+
+    parts = ["# Model zoo", environment_line(result), zoo_table(result)]
+    parts += ["\n".join(f"- {line}" for line in summary_lines(result))]
+    if result["depth"]:
+        parts += ["## Passes against depth", depth_table(result)]
+    return "\n\n".join(parts) + "\n"
+
+
+@contextlib.contextmanager
+def saving(path: Path, result: dict[str, Any]) -> Iterator[Callable[[], None]]:
+    """Write after every row: an interrupted run keeps what it measured."""
+
+    def save() -> None:
+        result["summary"] = summarize(result["rows"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
+
+    try:
+        yield save
+    finally:
+        save()
+
+
+def arguments() -> argparse.Namespace:
+    def words(text: str) -> list[str]:
+        return [w for w in text.split(",") if w]
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="narrow models, few rounds, no probes")
+    parser.add_argument("--models", type=words, default=list(MODELS))
+    parser.add_argument("--rows", type=words, default=["infer", "train"])
+    parser.add_argument("--tokens", type=words, default=["1", "16", "256"])
+    parser.add_argument("--dtypes", type=words, default=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--sample", type=float, default=0.03, help="seconds per timed sample")
+    parser.add_argument("--no-probe", dest="probe", action="store_false")
+    parser.add_argument("--depths", type=words, default=["10", "100", "1000"])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--one", type=words, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.quick:
+        options.models = [m for m in options.models if m in ("gpt-192", "llama-192")]
+        options.dtypes, options.rounds, options.probe = ["float32"], 9, False
+        options.depths = ["10", "100"]
+    for name, known in (("models", MODELS), ("rows", ("infer", "train"))):
+        unknown = set(getattr(options, name)) - set(known)
+        if unknown:
+            parser.error(f"unknown {name}: {sorted(unknown)}; known: {', '.join(known)}")
+    return options
+
+
+def plan(options: argparse.Namespace) -> list[tuple[Model, str, int, torch.dtype]]:
+    """Training takes one length; images take batches of 1 (and 4 in training)."""
+    out = []
+    for name in options.models:
+        model = MODELS[name]
+        for dtype in options.dtypes:
+            for mode in options.rows:
+                if model.kind == "image":
+                    sizes = [1] if mode == "infer" else [4]
+                elif mode == "infer":
+                    sizes = [int(t) for t in options.tokens]
+                else:
+                    sizes = [max(int(t) for t in options.tokens)]
+                out += [(model, mode, n, getattr(torch, dtype)) for n in sizes]
+    return out
+
+
+def main() -> None:
+    options = arguments()
+    if options.one:
+        one(options.one)
+        return
+    environment = measure.environment()
+    result: dict[str, Any] = {"environment": environment, "rows": [], "depth": []}
+    slug = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
+    rows = plan(options)
+    print(f"normfuse {normfuse.__version__}, {environment['device']}: {len(rows)} rows")
+    with saving(options.out / f"model_zoo-{slug}", result) as save:
+        with tqdm(rows, disable=not sys.stderr.isatty()) as bar:
+            for model, mode, tokens, dtype in bar:
+                bar.set_description(f"{model.name} {mode} {tokens}")
+                result["rows"].append(measure_row(model, mode, tokens, dtype, options))
+                save()
+        for depth in options.depths:
+            result["depth"].append(depth_row(int(depth)))
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()
