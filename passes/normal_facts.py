@@ -48,12 +48,14 @@ class Center:
 
 @dataclass(frozen=True)
 class Square:
+    """``c·v²``; where ``v`` is a mean, ``mean`` says of what (half of E[x²] − E[x]²)."""
+
     v: Value
     c: float
     dtype: torch.dtype
     text: str
-    wide: bool = False
     flaw: str | None = None
+    mean: Stat | None = None
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,6 @@ class Root:
 
 
 @dataclass(frozen=True)
-class MeanSquared:
-    """``mean(v)²``, half of the cancelling variance formula."""
-
-    stat: Stat
-
-
-@dataclass(frozen=True)
 class Scaled:
     v: Value
     dtype: torch.dtype
@@ -119,8 +114,8 @@ class Scaled:
 class Norm:
     """A recognized norm in the making; ``stage`` says how far along the cast order it is.
 
-    0: normalized; 1: rounded to ``norm_dtype``; 2: gain applied; 3: bias applied; 4: rounded again;
-    5: must stay the one node it is. ``core`` is the node that normalizes, ``end`` the last node that
+    0: normalized; 1: rounded to ``norm_dtype``; 2: gain applied; 3: bias applied; 4: rounded again.
+    ``core`` is the node that normalizes, ``end`` the last node that
     belongs to the norm.
     """
 
@@ -158,7 +153,7 @@ class Number:
     tol: float = 1e-12
 
 
-Fact = Square | Stat | Root | MeanSquared | Scaled | Norm | tuple
+Fact = Square | Stat | Root | Scaled | Norm | tuple
 
 # ---------------------------------------------------------------------------------------------
 # Arithmetic of constants

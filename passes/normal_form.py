@@ -80,8 +80,7 @@ class NormalForm:
         for node in self.gm.graph.nodes:
             if node.op == "output":
                 continue
-            if node.target is torch._C._set_grad_enabled:
-                self._region += 1  # a norm may not straddle it: its gradient would change
+            self._region += _separates(node)
             self._regions[node] = self._region
             self._ident[node] = self._number(self._key(node))
             v = node.meta.get("val")
@@ -113,6 +112,8 @@ class NormalForm:
 
     def _freeze(self, arg: Any) -> Hashable:
         if isinstance(arg, fx.Node):
+            if arg.meta.get("mutated"):
+                return ("node", arg, self._region)
             return ("node", self._ident[arg])
         if isinstance(arg, (list, tuple)):
             return tuple(self._freeze(a) for a in arg)
@@ -123,7 +124,7 @@ class NormalForm:
         return (type(arg), arg)
 
     def _visit(self, node: fx.Node, v: torch.Tensor) -> None:
-        if not v.is_floating_point() or node.meta.get("mutated"):
+        if not v.is_floating_point():
             return
         number = self._ident[node][0]
         self.values[node] = Value(number, v.dtype, node)
@@ -145,6 +146,8 @@ class NormalForm:
 
     def value(self, a: Any) -> Value | None:
         v = self.values.get(a) if isinstance(a, fx.Node) else None
+        if v is not None and a.meta.get("mutated"):  # another value after each write
+            return Value(self._number(("written", a, self._region)), v.dtype, a)
         if v is None or self._regions[a] == self._region or a.op != "call_function":
             return v
         return Value(self._ident[a][0], ir.dtype(a), a)  # type: ignore
@@ -231,7 +234,7 @@ class NormalForm:
         physical = node if v.node is source else v.node
         self.values[node] = replace(v, node=physical)
         if isinstance(fact, Norm):
-            if fact.stage == 5 or len(source.users) != 1:
+            if len(source.users) != 1:
                 return
             self.extended.add(
                 source
@@ -396,6 +399,20 @@ class NormalForm:
         if varies and not any(d in dims for d in varies):
             return None
         return gain
+
+
+def _separates(node: fx.Node) -> bool:
+    """True for a node that no norm may straddle.
+
+    Across a change of grad mode its gradient would change, across a write what it reads.
+    """
+    if node.op != "call_function" or node.target is operator.getitem:
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    return node.target is torch._C._set_grad_enabled or not isinstance(
+        node.meta.get("val"), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+    )
 
 
 #: Rules by op packet: ``rule(form, node) -> fact``. Filled by ``normal_rules``.

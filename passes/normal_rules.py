@@ -15,7 +15,6 @@ from .normal_facts import (
     FLAW_CANCEL,
     FLAW_ROOT_EPS,
     Fact,
-    MeanSquared,
     Norm,
     Number,
     Root,
@@ -55,9 +54,7 @@ def _raised(form: NormalForm, node: fx.Node, a: fx.Node, e: float, how: str) -> 
     if e == 2.0:
         if isinstance(fact, Root) and fact.gain is None:
             return _power(fact, 2.0, f"{fact.text}²")
-        if isinstance(fact, Stat) and fact.power == 1:
-            return MeanSquared(fact) if fact.is_mean else None
-        return None if v is None else Square(v, 1.0, v.dtype, f"{v.text}²")
+        return None if v is None else Square(v, 1.0, v.dtype, f"{v.text}²", mean=_mean_of(fact))
     if not isinstance(fact, (Stat, Root)) or e not in (0.5, -0.5, -1.0):
         return None
     text = f"(1/{fact.text})" if how == "1/" else f"{how}({fact.text})"
@@ -66,6 +63,10 @@ def _raised(form: NormalForm, node: fx.Node, a: fx.Node, e: float, how: str) -> 
     if isinstance(fact, Root) and fact.gain is None:
         return _power(fact, e, text)
     return None
+
+
+def _mean_of(fact: Fact | None) -> Stat | None:
+    return fact if isinstance(fact, Stat) and fact.power == 1 and fact.is_mean else None
 
 
 def _power(root: Root, e: float, text: str) -> Fact | None:
@@ -112,7 +113,7 @@ def _scale(
         if isinstance(number.value, (torch.SymInt, torch.SymFloat)):
             return None
         return replace(fact, c=fact.c * number.value**sign)
-    if isinstance(fact, (Norm, MeanSquared)) or v is None or v.dtype != ir.dtype(node):
+    if isinstance(fact, Norm) or v is None or v.dtype != ir.dtype(node):
         return None
     scaled = _times(1.0, 0.0, number, None, sign)
     return None if scaled is None else Scaled(v, v.dtype, v.text, c=scaled[0], p=scaled[1])
@@ -252,10 +253,8 @@ def _product(form: NormalForm, node: fx.Node, a: Any, b: Any) -> Fact | None:
             if scaled is not None:
                 return scaled
     if va.number == vb.number:
-        if isinstance(fa, Stat):
-            return _raised(form, node, a, 2.0, "")
         wider = va if widens(vb.dtype, va.dtype) else vb
-        return Square(wider, 1.0, ir.dtype(node), f"{va.text}²")
+        return Square(wider, 1.0, ir.dtype(node), f"{va.text}²", mean=_mean_of(fa))
     for gain, x in ((a, b), (b, a)):
         fact = _times_gain(form, node, gain, x)
         if fact is not None:
@@ -493,8 +492,8 @@ def _difference(form: NormalForm, node: fx.Node, a: Any, b: Any, alpha: Any) -> 
     if alpha != 1:
         return None
     fa, fb, d = form.fact(a), form.fact(b), ir.dtype(node)
-    if isinstance(fa, Stat) and isinstance(fb, MeanSquared):
-        first = fb.stat
+    if isinstance(fa, Stat) and isinstance(fb, Square) and fb.mean is not None and fb.c == 1.0:
+        first = fb.mean
         if fa.power == 2 and fa.is_mean and first.v.number == fa.v.number:
             if first.dims == fa.dims and first.kept == fa.kept:
                 v = form.centered(replace(fa.v, dtype=d), fa.dims, None)

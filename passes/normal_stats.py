@@ -43,7 +43,7 @@ def _reduced(form: NormalForm, node: fx.Node, name: str, p: float) -> Fact | Non
                 f"x² is rounded to {_short(fact.dtype)} before it is averaged in "
                 f"{_short(ir.dtype(node))}"
             )
-        return replace(stat, c=fact.c, p=p, wide=fact.wide, flaw=flaw)
+        return replace(stat, c=fact.c, p=p, flaw=flaw)
     if v is None:
         return None
     if to is not None and to != v.dtype:
@@ -194,9 +194,7 @@ def _native(
         return None
     v = form.value(x)
     exact = dtype == opmath
-    if v is None:
-        stage = 5  # a tensor that is written in place: what this node reads, it must read here
-    elif bias is not None:
+    if bias is not None:
         stage = 3 if exact else 4
     elif gain is not None:
         stage = 2 if exact else 4
