@@ -73,6 +73,17 @@ def check_number(value: Any, what: str, low: float = 0.0, high: float = math.inf
         raise ValueError(f"{label} should be {bound} but is: {value}")
 
 
+def _check_numbers(algorithm: Algorithm, group: Mapping[str, Any]) -> None:
+    check_number(group["lr"], "lr")
+    check_number(group["weight_decay"], "weight_decay")
+    for key in algorithm.positive:
+        check_number(group[key], key)
+    for key in algorithm.unit:
+        values = group[key] if isinstance(group[key], (tuple, list)) else [group[key]]
+        for i, v in enumerate(values):
+            check_number(v, f"{key}[{i}]" if len(values) > 1 else key, high=1.0)
+
+
 class MatrixOptimizer(Optimizer):
     """Base of the family; subclasses set ``algorithm`` and a constructor.
 
@@ -110,7 +121,9 @@ class MatrixOptimizer(Optimizer):
                 f"non_finite must be 'skip', 'raise' or 'propagate', got {non_finite!r}"
             )
         self._options = {"compile": bool(compile), "non_finite": non_finite}
-        super().__init__(params, {**self._own_defaults(), **defaults})
+        defaults = {**self._own_defaults(), **defaults}
+        _check_numbers(self.algorithm, defaults)  # before the parameters are looked at
+        super().__init__(params, defaults)
         self._prepare()
 
     @classmethod
@@ -139,15 +152,7 @@ class MatrixOptimizer(Optimizer):
 
     def _check_group(self, group: dict[str, Any], number: int) -> None:
         algorithm = _algorithm(group["algorithm"])
-        check_number(group["lr"], "lr")
-        check_number(group["weight_decay"], "weight_decay")
-        for key in algorithm.positive:
-            check_number(group[key], key)
-        for key in algorithm.unit:
-            values = group[key] if isinstance(group[key], (tuple, list)) else [group[key]]
-            for i, v in enumerate(values):
-                label = f"{key}[{i}]" if len(values) > 1 else key
-                check_number(v, label, high=1.0)
+        _check_numbers(algorithm, group)
         pipeline = algorithm.pipeline(group)
         for i, p in enumerate(group["params"]):
             name = _name(group, number, i)
@@ -177,7 +182,11 @@ class MatrixOptimizer(Optimizer):
         for number, group in enumerate(self.param_groups):
             pipeline = _algorithm(group["algorithm"]).pipeline(group)
             sorted_slots: dict[Any, list[Slot]] = {}
+            seen: set[int] = set()
             for i, p in enumerate(group["params"]):
+                if id(p) in seen:  # torch warned about it; one state serves one update
+                    continue
+                seen.add(id(p))
                 for slot in make_slots(p, _name(group, number, i), group, pipeline):
                     key = (slot.stacked_shape, p.dtype, p.device, _shards(p))
                     sorted_slots.setdefault(key, []).append(slot)
@@ -296,7 +305,8 @@ def _algorithm(name: str) -> Algorithm:
 
 def _shards(p: Tensor) -> Any:
     """Mesh and placements of a DTensor; None for plain tensors, without importing DTensor."""
-    return (p.device_mesh, p.placements, p.shape) if hasattr(p, "placements") else None
+    placements = getattr(p, "placements", None)
+    return None if placements is None else (getattr(p, "device_mesh", None), placements, p.shape)
 
 
 def _bucket_class(p: Tensor) -> type[Bucket]:

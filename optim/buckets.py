@@ -314,7 +314,8 @@ class Bucket:
         for stage in self.pipeline.stages:
             if not stage.period:
                 continue
-            due, row = [], 0
+            due: list[int] = []
+            row = 0
             for i in active:
                 count = self.slots[i].count
                 if self._host_steps[i] % stage.period == 0:

@@ -207,8 +207,8 @@ class ShardedBucket(Bucket):
                 batch = stage(batch)
             size = len(whole) * count
             update[:size] = (batch.update * -self.hyper["lr"]).to(self.dtype)
-            for k in names:
-                new[k][:size] = batch.state[k].to(new[k].dtype)
+            for name in names:
+                new[name][:size] = batch.state[name].to(new[name].dtype)
             if batch.decay is not None:
                 rate = self.hyper["lr"] * self.hyper["weight_decay"] * self.pipeline.decay_factor
                 decay[:size] = 1 - rate * batch.decay
@@ -218,8 +218,8 @@ class ShardedBucket(Bucket):
                     self._host_steps[i] += 1
         total = len(slots) * count
         update = _gather_first(update, self.mesh)[:total]
-        for k in names:
-            self.stacks[k][rows] = _gather_first(new[k], self.mesh)[:total]
+        for name in names:
+            self.stacks[name][rows] = _gather_first(new[name], self.mesh)[:total]
         if self.step is not None:
             self.step[rows] += 1
         pieces = [

@@ -154,6 +154,7 @@ def run(pipeline: Pipeline, t: Tensors, masked: bool) -> tuple[Tensor, Tensor | 
         decay = 1 - (rate if decay is None else rate * decay)
     if ok is not None:
         update = torch.where(ok, update, 0.0)
+        assert decay is not None
         decay = torch.where(ok, decay, 1.0)
     for key, old in t.state.items():
         new = batch.state[key].to(old.dtype)
@@ -181,7 +182,7 @@ class CompiledStep:
 
         with torch.no_grad():
             self.graph = make_fx(traced, tracing_mode="fake")(*flat)
-            self._call = compile_fx(self.graph, flat)
+            self._call: Any = compile_fx(self.graph, flat)
         self.seconds = time.perf_counter() - began
 
     def __call__(self, t: Tensors) -> tuple[Tensor, Tensor | None]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -234,31 +234,19 @@ def _as_batch(g: Tensor) -> Tensor:
     return g.reshape(math.prod(g.shape[:-2]), *g.shape[-2:])
 
 
-@overload
-def orthogonalize(
-    G: Tensor, steps: int | None = ..., method: str = ..., **kw: object
-) -> Tensor: ...
-
-
-@overload
-def orthogonalize(
-    G: Sequence[Tensor], steps: int | None = ..., method: str = ..., **kw: object
-) -> list[Tensor]: ...
-
-
 @torch.no_grad()
-def orthogonalize(  # type: ignore[no-untyped-def]
-    G,
-    steps=5,
-    method="auto",
+def orthogonalize(
+    G: Tensor | Sequence[Tensor],
+    steps: int | None = 5,
+    method: str = "auto",
     *,
-    coefficients="polar_express",
-    normalization="frobenius",
-    eps=0.0,
-    ns_dtype=None,
-    non_finite="skip",
-    restarts=None,
-):
+    coefficients: CoefficientSpec = "polar_express",
+    normalization: str = "frobenius",
+    eps: float = 0.0,
+    ns_dtype: torch.dtype | None = None,
+    non_finite: str = "skip",
+    restarts: Sequence[int] | None = None,
+) -> Any:
     """Approximate polar factor ``U·Vᵀ`` of each matrix ``U·diag(σ)·Vᵀ`` by Newton–Schulz.
 
     Args:
@@ -295,7 +283,7 @@ def orthogonalize(  # type: ignore[no-untyped-def]
     matrices = list(G)
     for i, g in enumerate(matrices):
         _check(g, f"G[{i}]")
-    groups: dict[tuple[object, ...], list[int]] = {}
+    groups: dict[tuple[Any, ...], list[int]] = {}
     for i, g in enumerate(matrices):
         r, c = g.shape[-2:]
         # Small matrices are worth turning, so that a shape and its transpose share one batch.

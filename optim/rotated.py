@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -116,7 +116,7 @@ def rows_to_unit_rms(x: Tensor) -> Tensor:
 
 
 #: Maps ARO may rotate; none may be rotation-equivariant, or the rotation cancels.
-BASE_MAPS = {
+BASE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "sinkhorn": simultaneous_sinkhorn,
     "rows": rows_to_unit_rms,
     "sign": torch.sign,
