@@ -163,11 +163,9 @@ def _must_pay(norm: fx.Node, x: fx.Node, readings: list[Reading], context: Conte
     unfused = [r.linear.node for r in readings if not _feeds_pointwise(r.linear.node)]
     extra = sum(2 * cost.nbytes(n) for n in unfused)
     if extra >= saved:
-        why = (
-            "its input has another dtype than its readers"
-            if not unfused
-            else (f"{cost.text(extra)} of results would be read and written once more to be scaled")
-        )
+        why = "its input has another dtype than its readers, so a cast would be written instead"
+        if saved:
+            why = f"{cost.text(extra)} of results would be read and written once more to be scaled"
         raise Refuse(
             f"does not pay: {why}, to spare {cost.text(saved)} of normed activations",
             unfused[0] if unfused else norm,
@@ -241,6 +239,9 @@ def _commit(norm: fx.Node, args: Any, readings: list[Reading], builder: WeightBu
         node.kwargs = {"out_dtype": ir.dtype(node)}
         node.target = nf.scaled_linear.default
         node.args = (x, weight, here.scale, linear.bias)
+        for op in reversed(r.path):
+            if not op.users:  # an idle dropout counts as impure: nobody else would remove it
+                graph.erase_node(op)
 
 
 def _follow(op: fx.Node, moved: _Moved) -> _Moved:

@@ -127,17 +127,17 @@ def _same_input(gm: fx.GraphModule) -> Iterator[list[Linear]]:
     table: dict[Any, fx.Node] = {}
     same: dict[fx.Node, fx.Node] = {}
     groups: dict[fx.Node, list[Linear]] = {}
+
+    def rename(node: fx.Node) -> Any:
+        known = ir.concrete(ir.val(node))
+        return known if isinstance(known, int) else same.get(node, node)
+
     for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
         if ir.is_pure(node):
-            key = frozen(
-                (
-                    node.target,
-                    fx.node.map_arg(node.args, lambda n: same.get(n, n)),
-                    dict(fx.node.map_arg(node.kwargs, lambda n: same.get(n, n))),
-                )
-            )
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), rename)
+            key = frozen((node.target, args, dict(kwargs)))
             same[node] = table.setdefault(key, node)
         linear = match_linear(node)
         if linear is not None:

@@ -49,7 +49,7 @@ def test_same_function_and_gradients(case):
     assert_idempotent(gm, FoldAffine())
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(toys(), st.booleans(), st.booleans())
 def test_same_function_on_residual_models(case, training, copy_tied):
     model, args = case
