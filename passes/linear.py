@@ -109,7 +109,8 @@ class Linear:
                 node.args = args
             else:
                 with node.graph.inserting_before(node):
-                    inner = ir.emit(node.graph, node.target, *args, like=node, **node.kwargs)
+                    options: dict[str, Any] = dict(node.kwargs)
+                    inner = ir.emit(node.graph, node.target, *args, like=node, **options)
                 node.target, node.args, node.kwargs = aten.add.Tensor, (inner, bias), {}
         # computing fake values is what costs at 1,000 blocks: only where they change
         if not all(map(_alike, old, (input, weight, bias))):
@@ -126,7 +127,7 @@ def _alike(a: fx.Node | None, b: fx.Node | None) -> bool:
 
 def set_args(node: fx.Node, **changes: Any) -> None:
     """Set arguments by schema name (names the op does not have are ignored)."""
-    schema = node.target._schema.arguments
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
     given = {a.name: v for a, v in zip(schema, node.args, strict=False)}
     given.update(node.kwargs)
     names = {a.name for a in schema}
@@ -143,7 +144,7 @@ def set_args(node: fx.Node, **changes: Any) -> None:
 
 def named_args(node: fx.Node) -> dict[str, Any]:
     """All arguments by schema name, defaults filled in."""
-    schema = node.target._schema.arguments
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
     out = {a.name: a.default_value for a in schema}
     out.update({a.name: v for a, v in zip(schema, node.args, strict=False)})
     out.update(node.kwargs)
@@ -225,9 +226,10 @@ def _match_baddbmm(node: fx.Node) -> Linear | None:
 
 def _match_product(layout: str) -> Any:
     def match(node: fx.Node) -> Linear | None:
-        if len(node.args) < 2:
+        args: Any = node.args
+        if len(args) < 2:
             return None
-        x, w = node.args[:2]
+        x, w = args[:2]
         if not _floats(x, w) or not is_weight(w) or is_weight(x) or _rank(w) < 2:
             return None
         if _rank(w) > 2 and _rank(x) < 2:
@@ -312,9 +314,10 @@ _VIEWS = (
 
 def leaf_of(weight: fx.Node) -> fx.Node:
     """The tensor behind views and casts of a weight (``weight`` itself if it is computed)."""
-    while ir.is_call(weight, *_VIEWS):
-        weight = weight.args[0]
-    return weight
+    leaf: Any = weight
+    while ir.is_call(leaf, *_VIEWS):
+        leaf = leaf.args[0]
+    return leaf
 
 
 def table_user(weight: fx.Node) -> fx.Node | None:
@@ -369,9 +372,10 @@ class WeightBuilder:
         """``tensor`` in the working dtype, without the rounding that an earlier pass ended with."""
         dtype = self.work_dtype(tensor, *others)
         if ir.is_call(tensor, aten.to.dtype) and tensor.meta.get("weight_program"):
-            wide = ir.dtype(tensor.args[0])
+            inner: Any = tensor.args[0]
+            wide = ir.dtype(inner)
             if torch.promote_types(wide, ir.dtype(tensor)) == wide:
-                tensor = tensor.args[0]
+                tensor = inner
         return self.cast(tensor, dtype)
 
     def cast(self, tensor: fx.Node, dtype: torch.dtype) -> fx.Node:

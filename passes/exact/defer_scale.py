@@ -255,7 +255,7 @@ def _follow(op: fx.Node, moved: _Moved) -> _Moved:
 
     with graph.inserting_before(op):
         if ir.is_call(op, *_RESHAPES):
-            sizes = list(op.args[1])
+            sizes: list[Any] = list(op.args[1])  # type: ignore[arg-type]
             narrow = [*sizes[:-1], 1]
             return _Moved(
                 emit(aten.reshape.default, moved.x, sizes),

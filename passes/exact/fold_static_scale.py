@@ -238,7 +238,7 @@ class FoldStaticScale(Pass):
             rank = len(ir.shape(node))
             axes = [Axis((d,)) for d in (-1, -3, -2, -4) if -d <= rank]
         else:
-            axes = [feature_axis(node, (scaling.scale,), ())]  # type: ignore[list-item]
+            axes = [feature_axis(node, (scaling.scale,), ())]  # type: ignore[arg-type]
         problem: Refuse | None = None
         for axis in axes:
             try:
@@ -286,7 +286,8 @@ def _match(node: fx.Node) -> _Scaling | None:
     if node.meta.get("mutated") or not ir.is_tensor(node) or is_weight(node):
         return None
     divides = ir.is_call(node, *_DIVS)
-    pairs = [node.args] if divides else [node.args, node.args[::-1]]
+    args: tuple[Any, ...] = node.args
+    pairs = [args] if divides else [args, args[::-1]]
     for x, scale in pairs:
         if not ir.is_tensor(x) or is_weight(x) or not ir.dtype(x).is_floating_point:
             continue

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 nf = torch.ops.normfuse
 
-_FUSED = {
+_FUSED: dict[Any, Any] = {
     nf.layer_norm.default: nf.add_layer_norm.default,
     nf.rms_norm.default: nf.add_rms_norm.default,
 }
@@ -66,7 +66,7 @@ class FuseResidualNorm(Pass):
             def plan(node: fx.Node = node) -> Callable[[], None]:
                 return self._plan(node, context)
 
-            add = node.args[0]
+            add: Any = node.args[0]
             if self.attempt(context, result, node.meta["site"], plan):
                 value = add.meta["val"]
                 if all(isinstance(s, int) for s in value.shape):
@@ -75,7 +75,7 @@ class FuseResidualNorm(Pass):
         return result
 
     def _plan(self, node: fx.Node, context: Context) -> Callable[[], None]:
-        add = node.args[0]
+        add: Any = node.args[0]
         if context.policy == "pays" and context.device == "cpu":
             raise Refuse("on CPU Inductor fuses the residual add into the norm by itself")
         if add.meta.get("mutated"):
@@ -89,12 +89,14 @@ class FuseResidualNorm(Pass):
             if not ir.same_shape(ir.shape(operand), ir.shape(add)):
                 raise Refuse("the add broadcasts one operand", add)
             if ir.dtype(operand) != ir.dtype(add):
-                raise Refuse(
-                    f"the add promotes {ir.dtype(operand)} to {ir.dtype(add)}", add
-                )
-        if any(other is not node and other.target in _FUSED and other.args[0] is add
-               for other in add.users):
-            raise Refuse("several norms read the same sum; it is computed once for all of them", add)
+                raise Refuse(f"the add promotes {ir.dtype(operand)} to {ir.dtype(add)}", add)
+        if any(
+            other is not node and other.target in _FUSED and other.args[0] is add
+            for other in add.users
+        ):
+            raise Refuse(
+                "several norms read the same sum; it is computed once for all of them", add
+            )
 
         def commit() -> None:
             args = ir.NormArgs(node)
