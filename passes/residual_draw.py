@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 if TYPE_CHECKING:
-    from .residual import Stream
+    from .residual import Stream, Writer
 
 #: More rows than this are elided in the middle.
 MAX_ROWS = 220
@@ -150,7 +150,7 @@ def _box(x: float, y: float, text: str, detail: str, colour: str, tip: str) -> s
     return (
         f'<g><title>{escape(tip)}</title><rect x="{x}" y="{y - 10}" width="{_BOX}" height="20" '
         f'rx="4" fill="{colour}" fill-opacity="0.10" stroke="{colour}"/>'
-        f'<text x="{x + 8}" y="{y + 4}" fill="{colour}">{escape(_shorten(text, 44))}</text>'
+        f'<text x="{x + 8}" y="{y + 4}" fill="{colour}">{escape(_shorten(text, 48 - len(detail)))}</text>'
         + (
             f'<text x="{x + _BOX - 6}" y="{y + 4}" text-anchor="end" class="nf-d">'
             f"{escape(detail)}</text>"
@@ -161,6 +161,11 @@ def _box(x: float, y: float, text: str, detail: str, colour: str, tip: str) -> s
     )
 
 
+def _detail(writer: Writer) -> str:
+    """The writer's kind, and what makes its features unequal on the way in."""
+    return f"{writer.kind} · {_ops(writer.gates)}" if writer.gates else writer.kind
+
+
 def to_svg(stream: Stream) -> str:
     """A self-contained SVG; long streams are elided in the middle."""
     g = stream.graph
@@ -169,12 +174,14 @@ def to_svg(stream: Stream) -> str:
     y_of: dict[str, float] = {}
     y = 58.0
     gap_at = None
-    for i, (key, _data) in enumerate(rows):
+    for i, (key, data) in enumerate(rows):
         if hidden and i == cut:
             gap_at = y
             y += _ROW
         y_of[key] = y
-        y += _ROW
+        following = rows[i + 1][0] if i + 1 < len(rows) else None
+        if not (data["role"] == "writer" and g.has_edge(key, following)):
+            y += _ROW  # a writer shares the row of the join it feeds
     height = y + 10
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height:.0f}" '
@@ -219,14 +226,14 @@ def to_svg(stream: Stream) -> str:
         left = data["role"] == "writer"
         colour = _COLOURS["writer" if left else data["kind"]]
         edge = _TRUNK - _GAP if left else _TRUNK + _GAP
-        head = _TRUNK - 3 if left else _TRUNK + _GAP - 2
+        head = _TRUNK - 10 if left else _TRUNK + _GAP - 2
         tail = edge if left else _TRUNK
         out.append(
             f'<line class="nf-e" x1="{tail}" y1="{y}" x2="{head}" y2="{y}"/>'
             f'<path d="M{head} {y} l-7 -4 v8 z" fill="#90a4ae"/>'
         )
         via = _ops(stream.between(item))
-        detail = data["kind"] if left else {"norm": "", "raw": "RAW", "tap": "TAP"}[data["kind"]]
+        detail = _detail(item) if left else {"norm": "", "raw": "RAW", "tap": "TAP"}[data["kind"]]
         tip = f"{data['label']}" + (f" via {via}" if via else "")
         tip += f": {item.reason}" if not left and item.reason else ""
         x = edge - _BOX if left else edge

@@ -119,7 +119,7 @@ def toys(draw):
     return model, model.example(rank=rank), draw(st.booleans()), draw(st.booleans())
 
 
-@settings(max_examples=16, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(toys())
 def test_same_function_and_gradients(case):
     model, args, training_mode, training = case
@@ -135,7 +135,7 @@ def test_same_function_and_gradients(case):
     assert not again.applied and gm.code == code
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(toys())
 def test_same_function_where_it_pays(case):
     model, args, training_mode, training = case
