@@ -1,11 +1,12 @@
 """The vocabulary: defining formulas against PyTorch's own norms, in every registration path."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.fx.experimental.proxy_tensor import make_fx
-
 from normfuse.passes import ops
+from torch.fx.experimental.proxy_tensor import make_fx
 
 nf = torch.ops.normfuse
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -55,11 +56,19 @@ def test_cast_order_is_part_of_the_contract():
     x = torch.randn(64, 128).to(torch.bfloat16) * 3
     gain = torch.randn(128).to(torch.bfloat16)
     early = nf.rms_norm(
-        x, [-1], gain, stat_dtype=torch.float32, norm_dtype=torch.bfloat16,
+        x,
+        [-1],
+        gain,
+        stat_dtype=torch.float32,
+        norm_dtype=torch.bfloat16,
         out_dtype=torch.bfloat16,
     )
     late = nf.rms_norm(
-        x, [-1], gain, stat_dtype=torch.float32, norm_dtype=torch.float32,
+        x,
+        [-1],
+        gain,
+        stat_dtype=torch.float32,
+        norm_dtype=torch.float32,
         out_dtype=torch.bfloat16,
     )
     h = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
@@ -136,3 +145,15 @@ def test_nan_rows_stay_in_their_rows():
 
 def test_formula_lookup():
     assert ops.formula(nf.rms_norm.default) is ops.rms_norm
+
+
+@pytest.mark.parametrize("name", sorted(ops._FORMULAS))
+def test_defaults_of_schema_and_formula_agree(name):
+    """The dispatcher drops arguments equal to the schema's default before it calls the formula."""
+    parameters = inspect.signature(ops._FORMULAS[name]).parameters
+    for argument in getattr(nf, name).default._schema.arguments:
+        default = parameters[argument.name].default
+        if argument.has_default_value():
+            assert default == argument.default_value, argument.name
+        else:
+            assert default is inspect.Parameter.empty, argument.name
