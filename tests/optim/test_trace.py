@@ -52,12 +52,12 @@ class LoopMuon(torch.optim.Optimizer):
         return x.T if g.shape[0] > g.shape[1] else x
 
 
-SHAPES = [(6, 10), (10, 6), (6, 10), (8, 8), (8, 8), (5, 3)]
+SHAPES = [(6, 10), (10, 6), (6, 10), (5, 3)]
 
 
-def models(seed=0):
-    g = torch.Generator().manual_seed(seed)
-    ps = [nn.Parameter(torch.randn(s, generator=g)) for s in SHAPES]
+def models(shapes=SHAPES):
+    g = torch.Generator().manual_seed(0)
+    ps = [nn.Parameter(torch.randn(s, generator=g)) for s in shapes]
     return ps, [nn.Parameter(p.detach().clone()) for p in ps]
 
 
@@ -81,12 +81,12 @@ def test_user_written_muon(spelling):
     ps, qs = models()
     inner = LoopMuon(ps, spelling=spelling)
     fast, plain = optim.compile(inner, strict=True), LoopMuon(qs, spelling=spelling)
-    drive(fast, plain, ps, qs, 8)
+    drive(fast, plain, ps, qs, 6)
     for p, q in zip(ps, qs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(inner.state[p]["buf"], plain.state[q]["buf"])
-    assert fast.refused is None and fast.traces == 1  # eight rates, one graph
-    assert sorted(fast.batches) == [1, 2, 3]  # 5×3; 8×8 twice; 6×10 with its transpose
+    assert fast.refused is None and fast.traces == 1  # six rates, one graph
+    assert sorted(fast.batches) == [1, 3]  # 5×3; 6×10 with its transpose
 
 
 def test_torch_muon():
@@ -94,7 +94,7 @@ def test_torch_muon():
     fast = optim.compile(torch.optim.Muon(ps, lr=0.05), strict=True)
     plain = torch.optim.Muon(qs, lr=0.05)
     drive(fast, plain, ps, qs, 4)
-    assert sorted(fast.batches) == [1, 2, 3]
+    assert sorted(fast.batches) == [1, 3]
     for p, q in zip(ps, qs, strict=True):
         torch.testing.assert_close(p, q, rtol=3e-2, atol=2e-2)  # both iterate in bfloat16
 
@@ -156,7 +156,7 @@ class Quadratic(LoopMuon):
     ],
 )
 def test_refusals_leave_the_optimizer_as_it_was(cls, reason):
-    ps, qs = models()
+    ps, qs = models(SHAPES[:2])
     fast, plain = optim.compile(cls(ps)), cls(qs)
     with pytest.warns(UserWarning, match=reason):
         drive(fast, plain, ps, qs, 3, schedule=False)
