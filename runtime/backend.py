@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
+from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext
 
 from ..passes.autocast import ambient, disabled
@@ -103,9 +104,9 @@ def normfuse(
         if settings.strict:
             raise
         _warn_once(error)
-        report.notes.append(
-            f"fell back to Inductor: the rewritten graph did not compile: {error}"
-        )
+        reason = f"the rewritten graph did not compile: {error}".splitlines()[0]
+        report.notes.append(f"fell back to Inductor: {reason}")
+        refuse_all(report, reason)
         return inductor(gm, example_inputs, settings)
 
 
@@ -230,7 +231,11 @@ def rewrite_dynamo(
         mark_dynamo_leaves(gm, traced)
         traced.meta.update({k: v for k, v in gm.meta.items() if k not in traced.meta})
         if hasattr(gm, "_param_name_to_source"):
-            traced._param_name_to_source = gm._param_name_to_source
+            # AOT wants a source for every attribute; constants that tracing lifted get their own
+            traced._param_name_to_source = {
+                name: ConstantSource(f"normfuse_{name}")
+                for name, _ in (*traced.named_parameters(), *traced.named_buffers())
+            }
         sites = finish(traced, autocast=ambient())
         report.sites.extend(sites)
         context = Context(

@@ -258,6 +258,22 @@ def test_switches(model, monkeypatch):
     assert len(backend.reports()[-1].applied) == 1
 
 
+def test_constants_in_the_code():
+    class Constants(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.fc = nn.LayerNorm(4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(self.norm(x)) * torch.tensor([1.0, 2.0, 3.0, 4.0]) + torch.tensor(5)
+
+    model = trained_like(Constants()).eval()
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(model)(x), model(x))
+    assert backend.reports()[0].applied
+
+
 def test_memory_limit_of_folded_weights(model):
     fast = torch.compile(model, backend="normfuse", options={"max_folded_bytes": 100})
     agree(fast, model, ids())
