@@ -1,0 +1,139 @@
+"""What devices can do, and what that says about a site: Inductor's own fusion or one of our kernels.
+
+The table holds vendors' data sheets, not measurements. ``efficiency`` numbers are assumptions, made
+so that an unmeasured kernel is declined where being wrong would cost time.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peak numbers of one GPU.
+
+    Attributes:
+        bandwidth: bytes per second to memory.
+        flops: dense bfloat16 tensor FLOPs per second.
+        flops32: float32 FLOPs per second without tensor cores.
+        processors: streaming multiprocessors or compute units.
+        cache: bytes of last-level cache.
+        launch: seconds a dependent kernel costs at least, in a CUDA graph.
+    """
+
+    name: str
+    bandwidth: float
+    flops: float
+    flops32: float
+    processors: int
+    cache: int
+    launch: float = 2e-6
+
+
+TABLE = (
+    Device("A100", 2.04e12, 312e12, 19.5e12, 108, 40 << 20),
+    Device("H200", 4.8e12, 989e12, 67e12, 132, 50 << 20),
+    Device("H100", 3.35e12, 989e12, 67e12, 132, 50 << 20),
+    Device("B200", 8.0e12, 2250e12, 75e12, 148, 126 << 20),
+    Device("MI300", 5.3e12, 1307e12, 163e12, 304, 256 << 20),
+)
+
+#: What a Triton product is assumed to reach of a vendor library's speed where FLOPs bound it.
+_PRODUCT_EFFICIENCY = 0.7
+#: What is assumed of bandwidth where bytes bound it (both sides).
+_STREAM_EFFICIENCY = 0.85
+#: A kernel must promise at least this factor to replace what Inductor does by itself.
+_MARGIN = 1.03
+
+_DEFAULT_PROCESSORS = 132
+
+
+@functools.cache
+def _properties(index: int) -> Any:
+    return torch.cuda.get_device_properties(index)
+
+
+def processors(device: torch.device) -> int:
+    """Number of multiprocessors; that of the table's default when the device is not there."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        return _properties(index).multi_processor_count
+    return _DEFAULT_PROCESSORS
+
+
+def find(device: torch.device | str) -> Device | None:
+    """The table's row for a device, ``None`` for one we know nothing about."""
+    device = torch.device(device)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return by_name(_properties(index).name)
+
+
+def by_name(name: str) -> Device | None:
+    return next((d for d in TABLE if d.name in name), None)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a site gets a kernel, and why."""
+
+    use: bool
+    reason: str
+    kernel_seconds: float = 0.0
+    inductor_seconds: float = 0.0
+
+
+def _decide(device: Device, ours: float, theirs: float, what: str) -> Decision:
+    use = ours * _MARGIN <= theirs
+    verdict = "predicted faster" if use else "not predicted faster"
+    return Decision(
+        use,
+        f"{what} {verdict} on {device.name}: {ours * 1e6:.1f} µs against {theirs * 1e6:.1f} µs",
+        ours,
+        theirs,
+    )
+
+
+def norm_linear(
+    device: Device, m: int, n: int, k: int, itemsize: int, *, dual: bool = False
+) -> Decision:
+    """One-product norm + linear against Inductor's: a row statistic, a library product, a scaling.
+
+    Inductor's product is an external call, so that the scaling of its result is one more kernel that
+    reads and writes the result (its own templates, under max-autotune, can spare that one).
+    """
+    wide = n * (2 if dual else 1)
+    peak = device.flops if itemsize == 2 else device.flops32
+    flops = 2.0 * m * wide * k
+    stream = device.bandwidth * _STREAM_EFFICIENCY
+    product = (m * k + wide * k) * itemsize
+    ours = max((product + m * n * itemsize) / stream, flops / (peak * _PRODUCT_EFFICIENCY))
+    ours += device.launch
+    if m <= 64:
+        ours += device.launch  # the split products are summed by a second kernel
+    library = max((product + m * wide * itemsize) / stream, flops / (peak * 0.95))
+    statistic = m * k * itemsize / stream
+    scaling = (m * wide + m * n) * itemsize / stream
+    theirs = library + statistic + 2 * device.launch
+    # under max-autotune the scaling fuses: count only half of it, the pessimistic side for us
+    theirs += 0.5 * (scaling + device.launch)
+    return _decide(device, ours, theirs, "norm and linear in one product")
+
+
+def gated(device: Device, rows: int, d: int, rank: int, itemsize: int) -> Decision:
+    """Fused gated norm against a norm, two thin products and two pointwise kernels."""
+    stream = device.bandwidth * _STREAM_EFFICIENCY
+    row = rows * d * itemsize
+    weights = 2 * d * rank * itemsize
+    flops = 4.0 * rows * d * rank / ((device.flops if itemsize == 2 else device.flops32) * 0.25)
+    # programs of 16 rows: few of them leave most of the device idle
+    busy = min(rows / 16, device.processors) / device.processors
+    ours = max((2 * row + weights) / (stream * max(busy, 1e-3)), flops) + device.launch
+    theirs = (2 * row + row + row + 3 * row + weights) / stream + 5 * device.launch
+    return _decide(device, ours, theirs, "gated norm in one kernel")
