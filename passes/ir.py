@@ -192,6 +192,8 @@ def norm_nodes(gm: fx.GraphModule) -> list[fx.Node]:
         nf.add_rms_norm.default,
         nf.add_layer_norm.default,
         nf.gated_rms_norm.default,
+        nf.seed_norm.default,
+        nf.ada_rms_norm.default,
     }
     return [n for n in gm.graph.nodes if n.op == "call_function" and n.target in targets]
 

@@ -45,7 +45,8 @@ aten = torch.ops.aten
 nf = torch.ops.normfuse
 
 ADD_NORMS = (nf.add_layer_norm.default, nf.add_rms_norm.default)
-_NORMS = (*ops.NORM_OPS, nf.gated_rms_norm.default, *ADD_NORMS)
+_RESCALED = (nf.gated_rms_norm.default, nf.seed_norm.default, nf.ada_rms_norm.default)
+_NORMS = (*ops.NORM_OPS, *_RESCALED, *ADD_NORMS)
 _EMBEDDINGS = (aten.embedding,)
 
 

@@ -81,7 +81,7 @@ def writer_is_centered(writer: Writer, known: set[fx.Node] | None = None) -> boo
 
 def _norm_is_centered(node: Any, axis: Axis, known: set[fx.Node]) -> bool:
     norm = node.args[0] if node.target is operator.getitem else node
-    if ir.is_call(norm, nf.gated_rms_norm, nf.crms_norm):
+    if ir.is_call(norm, nf.gated_rms_norm, nf.seed_norm, nf.crms_norm):
         return False
     args = ir.NormArgs(norm)
     if args.bias is not None or not axis.whole or tuple(args.dims) != axis.dims:

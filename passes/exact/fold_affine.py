@@ -96,6 +96,8 @@ class FoldAffine(Pass):
     ) -> Callable[[], None]:
         if ir.is_call(node, nf.gated_rms_norm):
             raise Refuse("a gated norm's own gate reads the scaled result", node)
+        if ir.is_call(node, nf.seed_norm):
+            raise Refuse("the norm adds an input-dependent term to its gain", node)
         for name in ("gain", "bias"):
             t = getattr(args, name)
             if t is not None and not is_weight(t):

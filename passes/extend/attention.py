@@ -48,7 +48,8 @@ def query_source(node: fx.Node) -> fx.Node:
             found.append(linear.input)
             continue
         for a in n.all_input_nodes:
-            if a not in seen and ir.is_tensor(a) and not ir.is_weight_expr(a):
+            sizes = isinstance(ir.val(a), (torch.SymInt, int))  # chunks are lists: let them pass
+            if a not in seen and not sizes and not ir.is_weight_expr(a):
                 seen.add(a)
                 stack.append(a)
     sources = set(found)

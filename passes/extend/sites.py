@@ -18,10 +18,6 @@ from ..residual import Stream, streams
 from .parameters import prune, refuse_in_backend
 
 aten = torch.ops.aten
-nf = torch.ops.normfuse
-
-#: Norms that extensions made; they are not in ``ir.norm_nodes``.
-_REPLACED = (nf.seed_norm, nf.ada_rms_norm)
 
 Selection = str | Iterable[str] | Callable[[str, fx.Node], bool]
 
@@ -142,13 +138,11 @@ class NormExtension(ExtendPass):
 
     def candidates(self, gm: fx.GraphModule) -> Iterable[tuple[str, fx.Node, str]]:
         on_stream = _stream_norms(streams(gm))
-        recognized = set(ir.norm_nodes(gm))
-        for node in gm.graph.nodes:
-            if node not in recognized and not ir.is_call(node, *_REPLACED):
-                continue
+        for node in ir.norm_nodes(gm):
             key = node.meta.get("site", node.name)
             why = self.extended(node)
-            if not why and node not in on_stream:
+            # a pre-affine cuts a norm off its stream; it was put there because the norm reads one
+            if not why and node not in on_stream and not is_pre_affine(node.args[0]):
                 why = "not a norm of a residual stream (name it in sites=)"
             yield key, node, why
 
@@ -168,20 +162,14 @@ def is_pre_affine(node: Any) -> bool:
 
 
 def _stream_norms(found: Iterable[Stream]) -> set[fx.Node]:
-    """Norms that read or write a residual stream, also through a pre-affine or as other norm ops."""
+    """Norms that read or write a residual stream."""
     out: set[fx.Node] = set()
     for stream in found:
         if not stream.adds:
             continue
         out |= {r.node for r in stream.norms}
-        for reader in stream.raw_readers:
-            out.add(reader.node)
-            if is_pre_affine(reader.node):
-                out.update(reader.node.users)
         for writer in stream.writers:
             if writer.kind == "norm":
                 source = writer.source
                 out.add(source.args[0] if source.target is operator.getitem else source)
-            elif ir.is_call(writer.source, *_REPLACED):
-                out.add(writer.source)
     return out
