@@ -81,7 +81,10 @@ def _observe(node: fx.Node, settings: list[Autocast]) -> dict[fx.Node, torch.dty
         return {}
     values = {n: ir.val(n) for n in node.all_input_nodes}
     # ops such as `to` convert by themselves: only what changes with autocast counts
-    without = _run_recorded(node, inputs, values, [])
+    try:
+        without = _run_recorded(node, inputs, values, [])
+    except RuntimeError:  # mixed dtypes that only autocast makes legal
+        without = {}
     with_autocast = _run_recorded(node, inputs, values, settings)
     return {
         inputs[i]: d for i, d in with_autocast.items() if without.get(i) != d and inputs[i] in values

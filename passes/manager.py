@@ -422,16 +422,18 @@ def _merge(report: Report, p: Pass, result: PassResult) -> None:
         if site.key not in by_key:
             report.sites.append(site)
             by_key[site.key] = site
+
+    def site_of(key: str) -> Site:
+        if key not in by_key:
+            by_key[key] = Site(key=key, kind="other")
+            report.sites.append(by_key[key])
+        return by_key[key]
+
     for key in result.applied:
-        site = by_key.setdefault(key, Site(key=key, kind="other"))
-        if site not in report.sites:
-            report.sites.append(site)
+        site = site_of(key)
         site.applied.append(p.name)
         saved = result.savings.get(key, (0.0, 0.0))
         site.bytes_saved += saved[0]
         site.flops_saved += saved[1]
     for key, reason in result.refused:
-        site = by_key.setdefault(key, Site(key=key, kind="other"))
-        if site not in report.sites:
-            report.sites.append(site)
-        site.refused.append((p.name, reason))
+        site_of(key).refused.append((p.name, reason))

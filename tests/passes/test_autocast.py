@@ -55,3 +55,18 @@ def test_casts_of_one_weight_are_shared():
     weight = next(n for n in gm.graph.nodes if n.target == "fc.weight")
     casts = [u for u in weight.users if ir.is_call(u, torch.ops.aten.to.dtype)]
     assert len(casts) == 1
+
+
+def test_mixed_dtypes_that_only_autocast_makes_legal():
+    class Convs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, groups=4)
+
+        def forward(self, x):
+            return self.b(self.a(x))  # bfloat16 activations meet float32 weights
+
+    model, x = Convs().eval(), torch.randn(1, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        gm, expected = passes.capture(model, (x,)), model(x)
+    assert torch.equal(gm(x), expected)
