@@ -18,15 +18,9 @@ def pair(name, shapes, **kw):
     return ps, qs, cls(ps, compile=True, **kw), cls(qs, **kw)
 
 
-@pytest.mark.parametrize(
-    "name,kw",
-    [
-        ("NorMuon", {"weight_decay": 0.1}),
-        ("AdamP", {"weight_decay": 0.1}),
-        ("SinkGD", {"iterations": 1}),
-    ],
-)
-def test_compiled_equals_eager_and_never_recompiles(name, kw):
+@pytest.mark.parametrize("name", ["NorMuon", "AdamP"])
+def test_compiled_equals_eager_and_never_recompiles(name):
+    kw = {"weight_decay": 0.1}
     ps, qs, a, b = pair(name, [(6, 10)] * 3, lr=0.05, **kw)
     start = pl.COMPILED.misses
     sa = torch.optim.lr_scheduler.ExponentialLR(a, 0.9)
