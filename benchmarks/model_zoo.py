@@ -192,11 +192,16 @@ def depth_row(depth: int) -> dict[str, Any]:
 
 
 def geometric_mean(values: list[float]) -> float:
-    return math.exp(sum(math.log(max(v, 1e-9)) for v in values) / len(values))
+    return math.exp(sum(math.log(v) for v in values) / len(values))
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    taken = [r["headroom_taken"] for r in rows if "headroom_taken" in r]
+    # over all rows with headroom at once: a row's own share may be negative, and has no root then
+    wide = [r["over_inductor"] for r in rows if "headroom_taken" in r]
+    taken = None
+    if wide:
+        bound = geometric_mean([w["bound"]["value"] for w in wide])
+        taken = (geometric_mean([w["normfuse"]["value"] for w in wide]) - 1) / (bound - 1)
     ratios = [r["over_inductor"]["normfuse"]["value"] for r in rows]
     compile_ratios = [
         r["probes"]["normfuse"]["compile_seconds"] / r["probes"]["inductor"]["compile_seconds"]
@@ -207,8 +212,8 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "rows": len(rows),
         "slower_rows": [label(r) for r in rows if r["slower"]],
         "geometric_mean_over_inductor": geometric_mean(ratios) if ratios else None,
-        "rows_with_headroom": len(taken),
-        "headroom_taken": geometric_mean(taken) if taken else None,
+        "rows_with_headroom": len(wide),
+        "headroom_taken": taken,
         "compile_time_ratio": geometric_mean(compile_ratios) if compile_ratios else None,
     }
 
@@ -296,7 +301,8 @@ def main() -> None:
         return
     environment = measure.environment()
     result: dict[str, Any] = {"environment": environment, "rows": [], "depth": []}
-    slug = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
+    kind = environment["device"] if environment["device_type"] != "cpu" else "cpu"
+    slug = re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
     rows = plan(options)
     print(f"normfuse {normfuse.__version__}, {environment['device']}: {len(rows)} rows")
     with saving(options.out / f"model_zoo-{slug}", result) as save:

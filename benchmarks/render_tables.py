@@ -89,7 +89,10 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
 
 
 def section(name: str) -> str:
-    result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text("utf-8"))
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    if not path.is_file():
+        return f"Not measured yet: `benchmarks/results/{path.name}` is missing.\n"
+    result = json.loads(path.read_text("utf-8"))
     bullets = "\n".join(f"- {line}" for line in summary_lines(result))
     return f"{environment_line(result)}\n\n{zoo_table(result)}\n\n{bullets}\n"
 

@@ -195,6 +195,7 @@ def _special_tokens() -> dict[str, int]:
 
 
 def _shrink(config: Any) -> None:
+    scalars: dict[str, Any]
     lists = {"depths": [1, 1], "hidden_sizes": [16, 32], "num_heads": [2, 4]}
     if isinstance(getattr(config, "depths", None), (list, tuple)):
         for key, value in lists.items():
@@ -209,7 +210,7 @@ def _shrink(config: Any) -> None:
         scalars = {"image_size": 32, "patch_size": 2 if hasattr(config, "patch_size") else None}
     else:
         scalars = SMALL
-    known = set(config.to_dict()) | set(getattr(config, "attribute_map", {}))
+    known: set[str] = set(config.to_dict()) | set(getattr(config, "attribute_map", {}))
     for key, value in scalars.items():
         old = getattr(config, key, None) if key in known else None
         if isinstance(old, int) and not isinstance(old, bool) and value is not None:
