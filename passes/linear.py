@@ -178,7 +178,8 @@ def match_linear(node: Any) -> Linear | None:
     """
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return None
-    rule = _MATCHERS.get(getattr(node.target, "overloadpacket", None))
+    packet = getattr(node.target, "overloadpacket", None)
+    rule = _MATCHERS.get(packet) or _BY_NAME.get(getattr(packet, "_qualified_op_name", None))
     if rule is None or node.meta.get("mutated") or not ir.is_tensor(node):
         return None
     if not ir.dtype(node).is_floating_point:
@@ -241,10 +242,11 @@ def _match_product(layout: str) -> Any:
 
 def _match_grouped_mm(node: fx.Node) -> Linear | None:
     a = named_args(node)
-    x, w = a["self"], a["mat2"]
+    x: Any = a.get("self", a.get("input"))
+    w: Any = a.get("mat2", a.get("weight"))
     if not is_weight(w) or is_weight(x) or _rank(x) != 2 or _rank(w) != 3:
         return None
-    return Linear(node, x, w, a["bias"], "grouped_mm", -2, -1)
+    return Linear(node, x, w, a.get("bias"), "grouped_mm", -2, -1)
 
 
 def _match_conv(node: fx.Node) -> Linear | None:
@@ -294,6 +296,10 @@ _MATCHERS: dict[Any, Any] = {
 }
 if hasattr(aten, "_grouped_mm"):
     _MATCHERS[aten._grouped_mm] = _match_grouped_mm
+
+#: ops of other libraries, known by name so that nothing is imported for them: the grouped product
+#: that mixture-of-experts layers fall back to where ``aten._grouped_mm`` is missing
+_BY_NAME: dict[Any, Any] = {"transformers::grouped_mm_fallback": _match_grouped_mm}
 
 
 # ---------------------------------------------------------------------------------------------

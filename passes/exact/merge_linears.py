@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,8 +63,9 @@ class MergeLinears(Pass):
         result = PassResult()
         builder = WeightBuilder(gm.graph, context)
         keys: set[str] = set()
-        for readers in _same_input(gm):
-            for members, problem in _partition(readers):
+        groups, same = _same_input(gm)
+        for readers in groups:
+            for members, problem in _partition(readers, same):
                 key = _site_key(members, keys)
 
                 def plan(
@@ -118,8 +119,10 @@ class MergeLinears(Pass):
             )
 
 
-def _same_input(gm: fx.GraphModule) -> Iterator[list[Linear]]:
+def _same_input(gm: fx.GraphModule) -> tuple[list[list[Linear]], dict[fx.Node, fx.Node]]:
     """Groups of two or more linear layers whose inputs are the same value.
+
+    Also returns the first node that computes each pure node's value.
 
     Two values are the same if they are computed by the same pure ops from the same values (each
     reader of a ``Conv1D`` flattens its input anew).
@@ -142,18 +145,18 @@ def _same_input(gm: fx.GraphModule) -> Iterator[list[Linear]]:
         linear = match_linear(node)
         if linear is not None:
             groups.setdefault(same.get(linear.input, linear.input), []).append(linear)
-    for group in groups.values():
-        if len(group) > 1:
-            yield group
+    return [group for group in groups.values() if len(group) > 1], same
 
 
-def _partition(readers: list[Linear]) -> list[tuple[list[Linear], Refuse | None]]:
+def _partition(
+    readers: list[Linear], same: dict[fx.Node, fx.Node]
+) -> list[tuple[list[Linear], Refuse | None]]:
     """Parts that can merge; what is left over comes last, with the reason."""
     parts: dict[Any, list[Linear]] = {}
     rest: list[tuple[Linear, Refuse]] = []
     for linear in readers:
         try:
-            parts.setdefault(_signature(linear), []).append(linear)
+            parts.setdefault(_signature(linear, same), []).append(linear)
         except Refuse as problem:
             rest.append((linear, problem))
     found: list[tuple[list[Linear], Refuse | None]] = [
@@ -167,7 +170,7 @@ def _partition(readers: list[Linear]) -> list[tuple[list[Linear], Refuse | None]
     return found
 
 
-def _signature(linear: Linear) -> Any:
+def _signature(linear: Linear, same: dict[fx.Node, fx.Node]) -> Any:
     """What merging layers must have in common besides their input.
 
     Raises:
@@ -197,6 +200,7 @@ def _signature(linear: Linear) -> Any:
                 linear.bias,
             )
     others = {k: v for k, v in named_args(node).items() if k not in _OPERANDS}
+    others = fx.node.map_arg(others, lambda n: same.get(n, n))
     if linear.layout in ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear"):
         others = {}
     family = _FAMILIES.get(linear.layout, linear.layout)

@@ -242,6 +242,33 @@ def test_router_and_experts_are_all_readers():
     assert_same(model, gm, args)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_grouped_experts(bias):
+    """Rows are gathered by expert and multiplied by that expert's matrix."""
+    pytest.importorskip("transformers.integrations.moe")
+
+    class Grouped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(8, bias=bias)
+            self.up = nn.Parameter(torch.randn(3, 6, 8))
+
+        def forward(self, x, order, ends):
+            rows = self.norm(x)[order]
+            op = torch.ops.transformers.grouped_mm_fallback
+            return op(rows, self.up.transpose(-2, -1), offs=ends)
+
+    model = randomize(Grouped().double())
+    x, order = torch.randn(5, 8).double(), torch.tensor([1, 0, 3, 4, 2])
+    args = (x, order, torch.tensor([2, 3, 5], dtype=torch.int32))
+    gm, report = rewrite(model, args, FoldAffine())
+    if bias:  # each row would need the shift of its own expert
+        assert not report.applied and "a matrix per row" in report.refused[0][2]
+    else:
+        assert report.applied
+    assert_same(model, gm, args)
+
+
 def test_one_more_reader_stops_all():
     class OneMore(nn.Module):
         def __init__(self):

@@ -107,12 +107,6 @@ def test_working_precision(dtype):
 
 
 def test_missing_biases_become_zeros_and_sites_are_named():
-    model = nn.Module()
-    model.q, model.k = nn.Linear(4, 4), nn.Linear(4, 2, bias=False)
-    model.forward = lambda x: torch.sin(model.q(x)).sum() * torch.sin(model.k(x))
-    wrapped = nn.Sequential()
-    wrapped.attn = model
-
     class Outer(nn.Module):
         def __init__(self):
             super().__init__()
@@ -211,6 +205,28 @@ def test_weights_computed_from_activations_stay_out():
     gm, report = rewrite(Hyper().eval(), args, MergeLinears())
     assert len(report.applied) == 1 and len(layers(gm)) == 2
     assert "computed from activations" in report.refused[0][2]
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_two_equal_norms_are_one_input(deferred):
+    """Once affines are folded, parallel branches with norms of their own read the same value."""
+
+    class TwoNorms(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.n1, self.n2 = nn.RMSNorm(4, eps=1e-6), nn.RMSNorm(4, eps=1e-6)
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 6)
+
+        def forward(self, x):
+            return torch.sin(self.a(self.n1(x))), torch.sin(self.b(self.n2(x)))
+
+    model = randomize(TwoNorms().double())
+    args = (torch.randn(3, 4).double(),)
+    chosen = [FoldAffine(), *([DeferScale()] if deferred else []), MergeLinears()]
+    gm, report = rewrite(model, args, *chosen)
+    assert ("a+b", "merge_linears") in report.applied
+    assert len(layers(gm)) == 1 and len(ir.norm_nodes(gm)) == (not deferred)
+    assert_same(model, gm, args)
 
 
 def test_different_inputs_are_no_group():
