@@ -139,6 +139,13 @@ def _evaluating(model: Any) -> Iterator[None]:
             module.training = mode
 
 
+def _is_captured(model: Any) -> bool:
+    """True for what ``passes.capture`` returns: rewritten graphs are watched as they are."""
+    return isinstance(model, fx.GraphModule) and all(
+        "kind" in n.meta for n in model.graph.find_nodes(op="placeholder")
+    )
+
+
 def _call_of(batch: Any) -> tuple[tuple, dict[str, Any]]:
     """Positional and keyword arguments of a batch: a tensor, a tuple of them, or a mapping."""
     if isinstance(batch, Mapping):
@@ -163,7 +170,7 @@ def calibrate(
 
     Args:
         model: any module that can be captured; it is run in eval mode and without gradients, its
-            modes are restored.
+            modes are restored. A graph from ``passes.capture`` (rewritten or not) is run as it is.
         batches: iterable of batches, each a tensor (the only argument), a tuple or list of
             positional arguments, or a mapping of keyword arguments. All alike in structure; sizes
             may vary. Consumed one by one.
@@ -211,7 +218,15 @@ def calibrate(
                 run.mask = kwargs[mask] != 0
             watched = next((g for g in graphs if g.signature.matches(flat)), None)
             if watched is None:
-                watched = _Watched(capture(model, args, kwargs, dynamic=dynamic))
+                if _is_captured(model):
+                    if graphs:
+                        raise NormfuseError(
+                            f"batch {seen - 1} does not fit the sizes this graph was captured for; "
+                            "calibrate the model itself, or capture it with dynamic=True"
+                        )
+                    watched = _Watched(model)  # type: ignore[arg-type]
+                else:
+                    watched = _Watched(capture(model, args, kwargs, dynamic=dynamic))
                 graphs = [*graphs[-15:], watched]
                 if not watched.probes:
                     raise NormfuseError(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Transformer, ids, trained_like
-from normfuse import NormfuseError, Report
+from normfuse import NormfuseError, Report, passes
 from normfuse.runtime.calibrate import Calibration, calibrate
 from normfuse.runtime.statistics import TOP_K, Attention, Channels, LogHistogram
 from torch import nn
@@ -369,6 +369,21 @@ def test_tied_modules_get_one_entry_per_call():
     calibration = calibrate(Twice(), [torch.randn(4, 8)], progress=False)
     assert [e.name for e in calibration.of_kind("stream")] == ["norm", "norm#1"]
     assert [e.name for e in calibration.of_kind("linear")] == ["linear", "linear#1"]
+
+
+def test_captured_graphs_are_watched_as_they_are():
+    model = with_sink().eval()
+    gm = passes.capture(model, (ids(2, 9),), dynamic=False)
+    direct = calibrate(model, [ids(2, 9)], progress=False)
+    same(
+        direct["stream:norm"].stats, calibrate(gm, [ids(2, 9)], progress=False)["stream:norm"].stats
+    )
+    passes.PassManager([passes.InsertGatedNorm()]).run(gm)
+    gated = calibrate(gm, [ids(2, 9)], progress=False)
+    same(direct["stream:norm"].stats, gated["stream:norm"].stats)
+    assert {e.name for e in gated.of_kind("stream")} == {e.name for e in direct.of_kind("stream")}
+    with pytest.raises(NormfuseError, match="does not fit the sizes"):
+        calibrate(gm, [ids(2, 9), ids(3, 5)], progress=False)
 
 
 def test_modes_are_restored_and_dropout_is_off():

@@ -1,0 +1,167 @@
+"""What a gate behind every norm costs: one training step, plain against gated, side by side.
+
+    python benchmarks/gating.py [--quick] [--device cuda] [--out benchmarks/results/gating.json]
+
+Rows: the norm op alone and a whole pre-RMSNorm transformer. Columns: eager, Inductor, and the
+normfuse backend, each plain and gated. Runs are interleaved round by round; the figure is the median
+over rounds of the per-round ratio gated/plain, with its quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from normfuse import passes
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, d: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.RMSNorm(d, eps=1e-6), nn.RMSNorm(d, eps=1e-6)
+        self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
+        self.up, self.down = nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.down(F.silu(self.up(self.norm2(x))))
+
+
+class Stack(nn.Module):
+    def __init__(self, d: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(d, heads) for _ in range(depth))
+        self.norm = nn.RMSNorm(d, eps=1e-6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+def variants(model: nn.Module, x: torch.Tensor, backends: list[str]) -> dict[str, nn.Module]:
+    """Plain and gated, both as captured graphs (so that only the gates differ), per backend."""
+    out: dict[str, nn.Module] = {}
+    for name, todo in (("plain", []), ("gated", [passes.InsertGatedNorm(sites=["*"])])):
+        gm = passes.capture(model, (x,), dynamic=False)
+        gm, _ = passes.PassManager(todo, passes.Context(training=True)).run(gm)
+        for backend in backends:
+            compiled = gm if backend == "eager" else torch.compile(gm, backend=backend)
+            out[f"{backend} {name}"] = compiled
+    return out
+
+
+def step(module: nn.Module, x: torch.Tensor) -> None:
+    module(x).square().mean().backward()
+
+
+def clock(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def compare(model: nn.Module, x: torch.Tensor, backends: list[str], rounds: int) -> dict:
+    """Seconds per training step of each variant, rounds interleaved; errors are recorded as such."""
+    device = x.device.type
+    timed: dict[str, list[float]] = {}
+    failed: dict[str, str] = {}
+    modules = variants(model, x, backends)
+    for name, module in modules.items():
+        try:
+            for _ in range(3):
+                step(module, x)
+            timed[name] = []
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    for _ in range(rounds):
+        for name, seconds in timed.items():
+            start = clock(device)
+            step(modules[name], x)
+            seconds.append(clock(device) - start)
+    rows = {}
+    for backend in backends:
+        plain, gated = timed.get(f"{backend} plain"), timed.get(f"{backend} gated")
+        if plain is None or gated is None:
+            rows[backend] = {"failed": failed}
+            continue
+        ratios = [g / p for g, p in zip(gated, plain, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        rows[backend] = {
+            "plain_ms": 1e3 * statistics.median(plain),
+            "gated_ms": 1e3 * statistics.median(gated),
+            "ratio": middle,
+            "quartiles": [low, high],
+        }
+        if device == "cuda":
+            for name in ("plain", "gated"):
+                torch.cuda.reset_peak_memory_stats()
+                step(modules[f"{backend} {name}"], x)
+                rows[backend][f"{name}_peak_bytes"] = torch.cuda.max_memory_allocated()
+    gates = [n for n in modules["eager gated"].meta["new_parameters"].values()]
+    rows["new_parameter_bytes"] = sum(p.numel() * p.element_size() for p in gates)
+    rows["parameter_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--backends", nargs="+", default=["eager", "inductor", "normfuse"])
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    d, depth, heads, shape = (64, 2, 2, (2, 32)) if options.quick else (768, 12, 12, (4, 256))
+    rounds = 5 if options.quick else options.rounds
+    torch.manual_seed(0)
+    x = torch.randn(*shape, d, device=options.device)
+    results = {}
+    for name, model in (
+        ("norm op", nn.RMSNorm(d, eps=1e-6)),
+        (f"{depth} layers", Stack(d, depth, heads)),
+    ):
+        rows = results[name] = compare(model.to(options.device), x, options.backends, rounds)
+        print(f"{name}, d = {d}, {shape[0]}×{shape[1]} tokens, {options.device}")
+        for backend in options.backends:
+            r = rows[backend]
+            if "failed" in r:
+                print(f"  {backend:10} failed: {r['failed']}")
+                continue
+            print(
+                f"  {backend:10} plain {r['plain_ms']:8.2f} ms  gated {r['gated_ms']:8.2f} ms  "
+                f"ratio {r['ratio']:.3f} [{r['quartiles'][0]:.3f}, {r['quartiles'][1]:.3f}]"
+            )
+        extra = rows["new_parameter_bytes"] / rows["parameter_bytes"]
+        print(f"  gates add {rows['new_parameter_bytes']:,} bytes of parameters ({extra:.1%})")
+    if options.out:
+        data = {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name()
+            if options.device == "cuda"
+            else platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "width": d,
+            "depth": depth,
+            "tokens": list(shape),
+            "results": results,
+        }
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(data, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
