@@ -284,6 +284,12 @@ def from_exported(program: torch.export.ExportedProgram) -> fx.GraphModule:
     return gm
 
 
+def out_spec(gm: fx.GraphModule) -> pytree.TreeSpec:
+    """The structure of a captured graph's output."""
+    codegen: Any = gm.graph._codegen
+    return codegen.pytree_info.out_spec
+
+
 def _placeholders_first(graph: fx.Graph) -> None:
     """Weight expressions go right behind the weights, which must not be ahead of the inputs."""
     first = next(iter(graph.nodes))

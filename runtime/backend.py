@@ -128,7 +128,8 @@ def inductor(gm: fx.GraphModule, inputs: Sequence[Any], settings: Options) -> Ca
     """Plain Inductor with the user's options."""
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, list(inputs), config_patches=dict(settings.inductor))
+    compiled: Any = compile_fx(gm, list(inputs), config_patches=dict(settings.inductor))
+    return compiled
 
 
 class Program:
@@ -154,7 +155,7 @@ class Program:
             for context in disabled(self.gm.meta.get("autocast", ())):
                 stack.enter_context(context)
             stack.enter_context(_cache_key(source_hash()))
-            compiled = compile_fx(self.gm, inputs, config_patches=dict(settings.inductor))
+            compiled: Any = compile_fx(self.gm, inputs, config_patches=dict(settings.inductor))
         if cache is None:
             return compiled
         return _with_folded(compiled, cache)
@@ -174,14 +175,11 @@ def _with_folded(compiled: Callable, cache: WeightCache) -> Callable:
 @contextlib.contextmanager
 def _cache_key(tag: str) -> Any:
     """Put a hash of our sources into the keys of PyTorch's compile caches."""
-    try:
-        from torch.compiler import config
+    from torch.compiler import config
 
-        previous = config.cache_key_tag
-    except (ImportError, AttributeError):
-        yield
-        return
-    with config.patch(cache_key_tag=f"{previous}+normfuse-{tag}"):
+    previous = config.cache_key_tag
+    patch: Any = config.patch  # type: ignore[attr-defined]
+    with patch(cache_key_tag=f"{previous}+normfuse-{tag}"):
         yield
 
 

@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ..passes.autocast import disabled
-from ..passes.capture import capture, set_attribute
+from ..passes.capture import capture, out_spec, set_attribute
 from ..passes.errors import NormfuseError
 from ..passes.report import Report
 from ..passes.weights import ir_attribute, lift, split
@@ -113,12 +113,11 @@ def bake(
                 name += "_folded"
             folded[name] = tensor.clone()
     lifted.recompile()
-    out_spec = gm.graph._codegen.pytree_info.out_spec
     module = BakedModule(
         lifted,
         read,
         list(folded),
-        (in_spec, out_spec),
+        (in_spec, out_spec(gm)),
         gm.meta.get("autocast", ()),
         Signature(gm),
     )

@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ..passes.autocast import ambient, disabled
-from ..passes.capture import capture, checked_args, set_attribute
+from ..passes.capture import capture, checked_args, out_spec, set_attribute
 from ..passes.errors import CaptureError, NormfuseError, VerificationError
 from ..passes.manager import Context, Pass, PassManager, copy_graph
 from ..passes.presets import policy_of, resolve
@@ -54,7 +54,7 @@ class Graph:
         self.inline.recompile()
         self.signature = Signature(gm)
         self.in_spec = in_spec
-        self.out_spec = gm.graph._codegen.pytree_info.out_spec
+        self.out_spec = out_spec(gm)
         self.autocast = gm.meta.get("autocast", ())
         # constants that the capture lifted out of the code are not the model's
         self.constants = {
@@ -76,8 +76,7 @@ class Graph:
 
     def _weights(self, owner: nn.Module) -> list[torch.Tensor]:
         return [
-            self.constants[n] if n in self.constants else ir_attribute(owner, n)
-            for n in self.names
+            self.constants[n] if n in self.constants else ir_attribute(owner, n) for n in self.names
         ]
 
     def matches(self, owner: nn.Module, flat: Sequence[Any]) -> bool:
@@ -443,7 +442,8 @@ def explain(
     """What :func:`rewrite` would do with ``model``, and what it would refuse and why.
 
     Nothing is copied or changed. Arguments as for :func:`rewrite`; put the model in ``eval()`` mode
-    to ask about inference, in ``train()`` mode to ask about training. The report also carries a drawing of each residual stream.
+    to ask about inference, in ``train()`` mode to ask about training. The report also carries a
+    drawing of each residual stream.
     """
     if not isinstance(model, nn.Module):
         raise NormfuseError(f"explain takes an nn.Module, got {type(model).__name__}")

@@ -1,11 +1,10 @@
 """Autocast made explicit: same results as eager under autocast, dtypes true in the graph."""
 
 import torch
-from torch import nn
-
 from normfuse import passes
 from normfuse.passes import ir
 from normfuse.passes.autocast import Autocast, ambient
+from torch import nn
 
 
 class Model(nn.Module):

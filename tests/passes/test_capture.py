@@ -4,11 +4,10 @@ import copy
 
 import pytest
 import torch
-from torch import nn
-
 from normfuse import passes
 from normfuse.passes import CaptureError, SpecError, ir
 from normfuse.passes.capture import clean_path, user_frame
+from torch import nn
 
 aten = torch.ops.aten
 
@@ -204,8 +203,10 @@ def test_spec_names_the_illegal_node():
         ("L['self'].transformer.h[0]._modules['ln_1']", "transformer.h.0.ln_1"),
         ("L['self']", ""),
         ("transformer.h.0.ln_1", "transformer.h.0.ln_1"),
-        ("L['fn']._modules['blocks']._modules['1'].norm._parameters['weight']",
-         "blocks.1.norm.weight"),
+        (
+            "L['fn']._modules['blocks']._modules['1'].norm._parameters['weight']",
+            "blocks.1.norm.weight",
+        ),
     ],
 )
 def test_clean_path(raw, clean):

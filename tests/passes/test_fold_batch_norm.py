@@ -5,12 +5,11 @@ import sympy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
-
 from normfuse import passes
 from normfuse.passes import Context, PassManager, ir
 from normfuse.passes.exact import FoldBatchNorm
 from normfuse.passes.verify import relative_error
+from torch import nn
 
 aten = torch.ops.aten
 
@@ -127,8 +126,10 @@ def test_shared_input_goes_to_the_readers():
     ("model", "reason"),
     [
         (nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3), nn.ReLU()), "not a linear layer"),
-        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)),
-         "statistics"),
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)),
+            "statistics",
+        ),
         (nn.Sequential(nn.Conv2d(3, 4, 1), nn.InstanceNorm2d(4)), "statistics of its input"),
     ],
 )

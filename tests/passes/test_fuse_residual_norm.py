@@ -3,11 +3,10 @@
 import pytest
 import sympy
 import torch
-from torch import nn
-
 from normfuse import passes
 from normfuse.passes import Context, PassManager, ir
 from normfuse.passes.exact import FuseResidualNorm
+from torch import nn
 
 nf = torch.ops.normfuse
 

@@ -4,10 +4,9 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
-
 from normfuse import passes
 from normfuse.passes import Context, NormfuseError, Pass, PassManager, PassResult, Refuse, ir
+from torch import nn
 
 aten = torch.ops.aten
 
@@ -37,8 +36,16 @@ def set_eps(node, eps):
     args = ir.NormArgs(node)
     with node.graph.inserting_before(node):
         new = ir.emit(
-            node.graph, node.target, args.x, args.dims, args.gain, args.bias, eps,
-            like=node, stat_dtype=args.stat_dtype, norm_dtype=args.norm_dtype,
+            node.graph,
+            node.target,
+            args.x,
+            args.dims,
+            args.gain,
+            args.bias,
+            eps,
+            like=node,
+            stat_dtype=args.stat_dtype,
+            norm_dtype=args.norm_dtype,
             out_dtype=args.out_dtype,
         )
     ir.inherit(new, node, site=True)

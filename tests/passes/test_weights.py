@@ -2,14 +2,13 @@
 
 import threading
 
+import normfuse
 import pytest
 import torch
-from torch import nn
-
-import normfuse
 from normfuse import passes
 from normfuse.passes import ir
 from normfuse.passes.weights import WeightCache, lift, program_nodes, split
+from torch import nn
 
 aten = torch.ops.aten
 
@@ -156,7 +155,7 @@ def test_result_never_shares_storage_with_a_weight():
 
 
 def test_threads_get_one_consistent_result(cached):
-    model, _, call, truth = cached
+    _, _, call, truth = cached
     results, errors = [], []
 
     def work():

@@ -10,11 +10,10 @@ import warnings
 import pytest
 import torch
 from models import Transformer, ids, trained_like
-from torch import nn
-from torch.utils.checkpoint import checkpoint
-
 from normfuse.passes import NormfuseError
 from normfuse.runtime import backend
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 ALWAYS = {"policy": "always", "strict": True}
 
@@ -364,6 +363,4 @@ def test_compile_cache_hits_across_processes_but_never_serves_a_changed_formula(
 def test_needs_torch_compile():
     gm = torch.fx.symbolic_trace(nn.Linear(2, 2))
     with pytest.raises(NormfuseError, match=r"torch\.compile"):
-        backend.rewrite_dynamo(
-            gm, [torch.randn(2, 2)], backend.Options(), backend.Report()
-        )
+        backend.rewrite_dynamo(gm, [torch.randn(2, 2)], backend.Options(), backend.Report())

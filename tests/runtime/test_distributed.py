@@ -7,10 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import Transformer, ids, trained_like
+from normfuse.runtime import backend
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-
-from normfuse.runtime import backend
 
 
 @pytest.fixture
@@ -25,8 +24,10 @@ def group(tmp_path):
 
 def gradients(model, wrapped):
     wrapped(ids(), ids(seed=2))["loss"].backward()
-    full = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-            for p in model.parameters()]
+    full = [
+        p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        for p in model.parameters()
+    ]
     return [g.clone() for g in full]
 
 

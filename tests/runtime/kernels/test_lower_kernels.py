@@ -1,0 +1,251 @@
+"""Which vocabulary ops become kernels, and what the compiler sees of them: on fake CUDA tensors."""
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+pytest.importorskip("triton")
+
+from normfuse.passes import ir
+from normfuse.runtime import devices
+from normfuse.runtime.lower import expand
+from normfuse.runtime.lower_kernels import kernels, lower_to_kernels
+
+nf = torch.ops.normfuse
+H100 = devices.by_name("NVIDIA H100 80GB HBM3")
+F32 = torch.float32
+
+
+def graph(f, *shapes, dtype=torch.bfloat16, device="cuda"):
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        args = [torch.empty(s, dtype=dtype, device=device) for s in shapes]
+        gm = make_fx(f, pre_dispatch=True)(*args)
+    for n in gm.graph.nodes:
+        if n.op == "placeholder":
+            n.meta.update(kind="input", fqn=n.name)
+        elif n.op == "call_function" and "normfuse" in str(n.target):
+            n.meta["site"] = n.name
+    return gm, mode, args
+
+
+def deferred(act=None, own=True):
+    def f(x, w, b, other):
+        scale = nf.row_rstd(x if own else other, [-1], 1e-6, stat_dtype=F32)
+        y = nf.scaled_linear(x, w, scale, b, out_dtype=torch.bfloat16)
+        return y if act is None else act(y)
+
+    return f
+
+
+SHAPES = ((8, 4096), (4096, 4096), (4096,), (8, 4096))
+
+
+def test_row_scale_behind_a_product_becomes_one_kernel():
+    gm, *_ = graph(deferred(torch.nn.functional.silu), *SHAPES)
+    done = lower_to_kernels(gm, "cuda", model=H100)
+    assert [e.kernel for e in done if e.op == "scaled_linear"] == ["norm_linear"]
+    assert "predicted faster on H100" in done[-1].reason
+    text = targets(gm)
+    assert text[0] == "normfuse_kernels.norm_linear.default" and "silu" not in " ".join(text)
+    assert not any("row_rstd" in t for t in text)
+    ir.check(gm)
+
+
+def test_gelu_forms():
+    for approximate in ("none", "tanh"):
+        gm, *_ = graph(
+            deferred(lambda y, a=approximate: torch.nn.functional.gelu(y, approximate=a)), *SHAPES
+        )
+        lower_to_kernels(gm, "cuda", policy="always")
+        node = next(n for n in gm.graph.nodes if "norm_linear" in str(n.target))
+        assert node.args[6] == ("gelu" if approximate == "none" else "gelu_tanh")
+
+
+def test_activation_with_two_readers_stays():
+    def f(x, w, b, other):
+        y = deferred()(x, w, b, other)
+        return torch.relu(y) + y
+
+    gm, *_ = graph(f, *SHAPES)
+    lower_to_kernels(gm, "cuda", policy="always")
+    assert any("relu" in t for t in targets(gm))
+
+
+def test_scale_of_another_tensor():
+    gm, *_ = graph(deferred(own=False), *SHAPES)
+    done = lower_to_kernels(gm, "cuda", model=H100)
+    assert not any(e.kernel for e in done)
+    assert "not the statistic of its own input" in done[-1].reason
+    gm, *_ = graph(deferred(own=False), *SHAPES)
+    done = lower_to_kernels(gm, "cuda", policy="always")
+    assert [e.kernel for e in done] == ["scaled_linear"]
+
+
+def test_large_products_stay_with_the_library():
+    gm, *_ = graph(deferred(), (16384, 4096), (4096, 4096), (4096,), (16384, 4096))
+    done = lower_to_kernels(gm, "cuda", model=H100)
+    assert not any(e.kernel for e in done) and "not predicted faster" in done[-1].reason
+
+
+def test_plain_norms_stay_with_inductor_without_a_measurement():
+    gm, *_ = graph(lambda x: nf.rms_norm(x, [-1], stat_dtype=F32), (8, 64))
+    (entry,) = lower_to_kernels(gm, "cuda", model=H100)
+    assert entry.kernel == "" and "no measurement" in entry.reason
+
+
+@pytest.mark.parametrize(
+    "f, shapes, reason",
+    [
+        (lambda x: nf.rms_norm(x, [-1]), ((8, 64),), "statistic is taken in torch.bfloat16"),
+        (lambda x: nf.rms_norm(x, [-2, -1], stat_dtype=F32), ((8, 8, 64),), "last one"),
+        (lambda x, g: nf.rms_norm(x, [-1], g, stat_dtype=F32), ((8, 64), (8, 1)), "per feature"),
+        (
+            lambda x, d, u: nf.gated_rms_norm(x, [-1], None, None, d, u, stat_dtype=F32),
+            ((8, 64), (80, 64), (64, 80)),
+            "rank is over 64",
+        ),
+        (lambda x: nf.rms_norm(x.t(), [-1], stat_dtype=F32), ((64, 8),), "contiguously"),
+        (
+            lambda x, r: nf.add_rms_norm(x, r, [-1], stat_dtype=F32),
+            ((8, 64), (1, 64)),
+            "broadcast",
+        ),
+    ],
+)
+def test_refusals(f, shapes, reason):
+    gm, *_ = graph(f, *shapes)
+    (entry,) = lower_to_kernels(gm, "cuda", policy="always")
+    assert entry.kernel == "" and reason in entry.reason
+    expand(gm)
+    assert not any("normfuse" in t for t in targets(gm))
+
+
+def test_cpu_graphs_are_left_alone():
+    gm, *_ = graph(lambda x: nf.rms_norm(x, [-1]), (8, 64), device="cpu")
+    assert lower_to_kernels(gm, "cpu", policy="always") == []
+
+
+def test_unknown_devices_are_declined():
+    gm, *_ = graph(deferred(), *SHAPES)
+    done = lower_to_kernels(gm, "cuda")
+    assert not any(e.kernel for e in done)
+
+
+ALL = {
+    "norm_fwd_tile": (lambda x, r: nf.layer_norm(x, [-1], stat_dtype=F32), ((8, 64), (8, 64))),
+    "norm_partials": (
+        lambda x, r: nf.rms_norm(x, [-1], stat_dtype=F32),
+        ((8, 40000), (8, 40000)),
+    ),
+    "norm_fwd_tile+": (
+        lambda x, r: nf.add_rms_norm(x, r, [-1], stat_dtype=F32),
+        ((8, 64), (8, 64)),
+    ),
+    "gated_fwd": (
+        lambda x, d: nf.gated_rms_norm(x, [-1], None, None, d, d.t(), stat_dtype=F32),
+        ((8, 64), (16, 64)),
+    ),
+    "norm_linear_kernel": (deferred(), SHAPES),
+}
+
+
+def targets(gm):
+    return [str(n.target) for n in gm.graph.nodes if n.op == "call_function"]
+
+
+def launches(gm):
+    """Names of the launched kernels; asserts that no op of ours is left."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    assert "normfuse" not in " ".join(targets(gm))
+    kernels = [
+        kernel_side_table.get_kernel(n.kwargs["kernel_idx"])
+        for n in gm.graph.nodes
+        if "triton_kernel_wrapper" in str(n.target)
+    ]
+    return [getattr(k, "fn", k).__name__ for k in kernels]
+
+
+class Flat(torch.nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, *args):
+        out = self.f(*args)
+        return tuple(out) if isinstance(out, (tuple, list)) else (out,)
+
+
+class Loss(Flat):
+    def forward(self, *args):
+        return (sum(o.float().square().sum() for o in super().forward(*args)),)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_aot_tracing_sees_the_launches(name):
+    """After AOT tracing no op of ours is left: only kernel launches Inductor can schedule."""
+    from torch._functorch.aot_autograd import aot_export_module
+
+    f, shapes = ALL[name]
+    gm, mode, args = graph(f, *shapes)
+    done = lower_to_kernels(gm, "cuda", policy="always")
+    assert any(e.kernel for e in done)
+    with mode, torch.no_grad():
+        flat = aot_export_module(Flat(gm), args, trace_joint=False)[0]
+    assert name.rstrip("+") in launches(flat)
+
+
+def training_ops():
+    nk = kernels()
+    return {
+        "norm_bwd_tile": (lambda x, g: nk.norm(x, g, None, 1e-6, True, None, F32)[0], (8, 64)),
+        "norm_bwd_loop": (lambda x, g: nk.norm(x, g, None, 1e-6, True, None, F32)[0], (8, 9000)),
+        "norm_bwd_columns": (
+            lambda x, g: nk.add_norm(x, x * 2, g, None, 1e-6, False, None, F32)[:2],
+            (8, 9000),
+        ),
+        "gated_bwd_rows": (
+            lambda x, g: nk.gated_norm(
+                x, g, None, x[:4] * 1.0, x[:4].t() * 1.0, 1e-6, 2.0, None, F32
+            )[0],
+            (8, 64),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", training_ops())
+def test_joint_graph_has_the_backward_launches(name):
+    """On fake CPU tensors: PyTorch without CUDA cannot run autograd on fake CUDA tensors."""
+    from torch._functorch.aot_autograd import aot_export_module
+
+    f, shape = training_ops()[name]
+    with FakeTensorMode():
+        leaves = [torch.empty(s, requires_grad=True) for s in (shape, shape[-1:])]
+        # without a GPU's triton driver all kernel arguments count as written: shield the leaves
+        shielded = Loss(lambda x, g: f(x * 1.0, g * 1.0))
+        joint = aot_export_module(shielded, leaves, trace_joint=True, output_loss_index=0)[0]
+    assert name in launches(joint)
+
+
+def test_dynamic_rows_add_no_guard():
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    nk, env = kernels(), ShapeEnv()
+    mode = FakeTensorMode(shape_env=env)
+    x = mode.from_tensor(torch.empty(24, 64), static_shapes=False)
+    w = mode.from_tensor(torch.empty(32, 64), static_shapes=True)
+    guards = len(env.guards)
+    with mode, torch.no_grad():
+        y, _ = nk.norm(x, None, None, 1e-6, True, None, None)
+        z, _ = nk.norm_linear(x, w, None, None, 1e-6, False, "gelu", False, None)
+    assert y.shape[0] is not None and str(z.shape[0]) == str(x.shape[0])
+    new = [str(g.expr) for g in env.guards[guards:]]
+    assert not any("24" in g or "<=" in g for g in new), new
+
+
+def test_only_vocabulary_targets_have_plans():
+    from normfuse.runtime.lower_kernels import _PLANS
+
+    assert all(t.namespace == "normfuse" for t in _PLANS)
