@@ -30,7 +30,7 @@ _LAZY = {
     "optim": ("normfuse.optim", None),
 }
 
-__all__ = ["__version__", *_LAZY]  # noqa: PLE0604
+__all__ = ["__version__", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

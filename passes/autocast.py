@@ -74,9 +74,7 @@ class _Recorder(TorchDispatchMode):
 
 def _observe(node: fx.Node, settings: list[Autocast]) -> dict[fx.Node, torch.dtype]:
     """Which arguments of ``node`` autocast converts, and to what."""
-    inputs = [
-        n for n in node.all_input_nodes if ir.is_tensor(n) and ir.dtype(n).is_floating_point
-    ]
+    inputs = [n for n in node.all_input_nodes if ir.is_tensor(n) and ir.dtype(n).is_floating_point]
     if not inputs:
         return {}
     values = {n: ir.val(n) for n in node.all_input_nodes}
@@ -87,7 +85,9 @@ def _observe(node: fx.Node, settings: list[Autocast]) -> dict[fx.Node, torch.dty
         without = {}
     with_autocast = _run_recorded(node, inputs, values, settings)
     return {
-        inputs[i]: d for i, d in with_autocast.items() if without.get(i) != d and inputs[i] in values
+        inputs[i]: d
+        for i, d in with_autocast.items()
+        if without.get(i) != d and inputs[i] in values
     }
 
 
@@ -150,9 +150,7 @@ def make_explicit(gm: fx.GraphModule, settings: tuple[Autocast, ...] = ()) -> bo
         if any(s.enabled for s in current):
             key = _memo_key(node, current)
             inputs = [
-                n
-                for n in node.all_input_nodes
-                if ir.is_tensor(n) and ir.dtype(n).is_floating_point
+                n for n in node.all_input_nodes if ir.is_tensor(n) and ir.dtype(n).is_floating_point
             ]
             if key not in memo:
                 observed = _observe(node, current)

@@ -125,7 +125,11 @@ def functionalize(gm: fx.GraphModule) -> None:
         target = targets[0]
         base = owner(target)
         twin = _functional_twin(node.target)
-        if len(targets) == 1 and twin is not None and _owns_storage(base, target, node, members, order):
+        if (
+            len(targets) == 1
+            and twin is not None
+            and _owns_storage(base, target, node, members, order)
+        ):
             with graph.inserting_before(node):
                 new = graph.call_function(twin, node.args, node.kwargs)
             new.meta = dict(node.meta)

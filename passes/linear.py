@@ -352,6 +352,8 @@ class WeightBuilder:
     def __init__(self, graph: fx.Graph, context: Context) -> None:
         self.graph, self.context = graph, context
         self._known: dict[Any, fx.Node] = {}
+        # fake values cost most of the time, and the layers of a model are mostly alike
+        self._values: dict[Any, Any] = {}
         # weights may precede the graph's inputs, computations must not
         self._start = next((n for n in reversed(graph.nodes) if n.op == "placeholder"), None)
 
@@ -361,8 +363,16 @@ class WeightBuilder:
         found = self._known.get(key)
         if found is None:
             like = next(iter(_nodes(args)))
+            alike = (target, frozen(fx.node.map_arg(args, _looks)), frozen(kwargs))
             with self.graph.inserting_after(self._last(args)):
-                found = ir.emit(self.graph, target, *args, like=like, weight=True, **kwargs)
+                if alike in self._values:
+                    found = self.graph.call_function(target, args, kwargs)
+                    ir.inherit(found, like)
+                    found.meta["weight_program"] = True
+                    found.meta["val"] = self._values[alike]
+                else:
+                    found = ir.emit(self.graph, target, *args, like=like, weight=True, **kwargs)
+                    self._values[alike] = ir.val(found)
             self._known[key] = found
         return found
 
@@ -529,6 +539,12 @@ class WeightBuilder:
 
     def _factor(self, scale: fx.Node | float, like: fx.Node) -> fx.Node | float:
         return self.work(scale, like) if isinstance(scale, fx.Node) else scale
+
+
+def _looks(node: fx.Node) -> Any:
+    """What the fake value of an op depends on."""
+    v = ir.val(node)
+    return (tuple(v.shape), v.stride(), v.dtype, v.device)
 
 
 def _nodes(args: Any) -> Iterator[fx.Node]:

@@ -305,9 +305,7 @@ class PassManager:
             record.applied, record.refused = len(result.applied), len(result.refused)
             _merge(report, p, result)
 
-    def _run_one(
-        self, p: Pass, gm: fx.GraphModule, context: Context, report: Report
-    ) -> PassResult:
+    def _run_one(self, p: Pass, gm: fx.GraphModule, context: Context, report: Report) -> PassResult:
         journal, fuel = list(context.journal), context.fuel
         while True:
             before = Snapshot(gm)

@@ -511,8 +511,6 @@ NORM_OPS = frozenset(
 )
 
 
-
-
 def _norm_shape(
     x: Tensor,
     dims: Sequence[int],

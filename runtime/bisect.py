@@ -68,9 +68,7 @@ def bisect(
             return max_error(_outputs(candidate, args, kwargs), expected) <= tolerance
 
     def good(fuel: int | None) -> bool:
-        candidate, _ = rewrite(
-            model, args, kwargs, passes, verify=False, policy=policy, fuel=fuel
-        )
+        candidate, _ = rewrite(model, args, kwargs, passes, verify=False, policy=policy, fuel=fuel)
         return check(candidate)
 
     if good(None):

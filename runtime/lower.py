@@ -62,9 +62,7 @@ def _expand_node(gm: fx.GraphModule, node: fx.Node) -> None:
                     name = f"_normfuse_{node.name}_{inner.target}"
                     gm.register_buffer(name, getattr(traced, inner.target), persistent=False)
                     copied.target = name
-                copied.meta = {
-                    k: v for k, v in copied.meta.items() if k in ("val", "tensor_meta")
-                }
+                copied.meta = {k: v for k, v in copied.meta.items() if k in ("val", "tensor_meta")}
                 ir.inherit(copied, node)
                 env[inner] = copied
     if isinstance(result, (list, tuple)):

@@ -66,9 +66,7 @@ def parse(
     inductor = _mode_options(mode, dynamic)
     for name, value in (options or {}).items():
         if name in OWN:
-            if not isinstance(value, _TYPES[name]) or (
-                name == "fuel" and isinstance(value, bool)
-            ):
+            if not isinstance(value, _TYPES[name]) or (name == "fuel" and isinstance(value, bool)):
                 expected = " or ".join(t.__name__ for t in _TYPES[name])
                 raise NormfuseError(
                     f"option {name!r} must be {expected}, got {type(value).__name__}"

@@ -55,8 +55,12 @@ class FoldBatchNorm(Pass):
 
         def norm(y: sympy.Matrix) -> sympy.Matrix:
             return sympy.Matrix(
-                d, 1,
-                [(y[i] - mean[i]) / sympy.sqrt(var[i] + eps) * gamma[i] + beta[i] for i in range(d)],
+                d,
+                1,
+                [
+                    (y[i] - mean[i]) / sympy.sqrt(var[i] + eps) * gamma[i] + beta[i]
+                    for i in range(d)
+                ],
             )
 
         return [
@@ -126,9 +130,7 @@ def _plan(node: fx.Node, context: Context, builder: WeightBuilder) -> Callable[[
     return commit_after
 
 
-def _affine(
-    builder: WeightBuilder, args: dict[str, Any], like: fx.Node
-) -> tuple[fx.Node, fx.Node]:
+def _affine(builder: WeightBuilder, args: dict[str, Any], like: fx.Node) -> tuple[fx.Node, fx.Node]:
     """``s`` and ``t`` with ``BN(x) = s ⊙ x + t``, in the working dtype."""
     mean, var = builder.work(args["running_mean"], like), builder.work(args["running_var"], like)
     s = builder.emit(aten.rsqrt.default, builder.emit(aten.add.Tensor, var, args["eps"]))
