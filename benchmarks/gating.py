@@ -110,9 +110,14 @@ def compare(model: nn.Module, x: torch.Tensor, backends: list[str], rounds: int)
                 torch.cuda.reset_peak_memory_stats()
                 step(modules[f"{backend} {name}"], x)
                 rows[backend][f"{name}_peak_bytes"] = torch.cuda.max_memory_allocated()
-    gates = [n for n in modules["eager gated"].meta["new_parameters"].values()]
-    rows["new_parameter_bytes"] = sum(p.numel() * p.element_size() for p in gates)
-    rows["parameter_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
+    sizes = {
+        name: sum(
+            p.numel() * p.element_size() for p in modules[f"{backends[0]} {name}"].parameters()
+        )
+        for name in ("plain", "gated")
+    }
+    rows["parameter_bytes"] = sizes["plain"]
+    rows["new_parameter_bytes"] = sizes["gated"] - sizes["plain"]
     return rows
 
 

@@ -58,7 +58,11 @@ def canonicalize(gm: fx.GraphModule) -> list[Site]:
         if isinstance(fact, Norm) and node not in form.extended
     ]
     others = [n for n in gm.graph.nodes if ir.is_call(n, *_OTHER_NORMS) and "site" not in n.meta]
-    keys = _keys(gm, norms, others, list(form.misses.values()))
+    # a rewritten module that is captured again brings vocabulary nodes along
+    named = [n for n in ir.norm_nodes(gm) if "site" not in n.meta]
+    keys = _keys(gm, norms, others, list(form.misses.values()), named)
+    for node in named:
+        node.meta["site"], node.meta["spelling"] = keys[node], f"normfuse.{_vocabulary(node)}"
     sites = [_other_site(n, keys[n]) for n in others]
     sites += [_miss_site(m, keys[m.node]) for m in form.misses.values()]
     moved: dict[fx.Node, fx.Node] = {}
@@ -236,12 +240,17 @@ _PACKAGING = frozenset(
 
 
 def _keys(
-    gm: fx.GraphModule, norms: list[Norm], others: list[fx.Node], misses: list[Miss]
+    gm: fx.GraphModule,
+    norms: list[Norm],
+    others: list[fx.Node],
+    misses: list[Miss],
+    named: list[fx.Node],
 ) -> dict[fx.Node, str]:
     """A unique key for each site, by its node: the module's path where the module is the norm."""
     sites: list[tuple[fx.Node, str]] = [(n.core, n.kind) for n in norms]
     sites += [(n, _OTHER_NORMS[packet(n)]) for n in others]
     sites += [(m.node, "near_miss") for m in misses]
+    sites += [(n, _vocabulary(n)) for n in named]
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     sites.sort(key=lambda s: order[s[0]])
     per_call = Counter(_call_index(node) for node, _ in sites)
@@ -272,6 +281,10 @@ def _keys(
         used.add(key)
         keys[node] = key
     return keys
+
+
+def _vocabulary(node: fx.Node) -> str:
+    return node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
 
 
 def _facts(node: fx.Node, x: fx.Node, spelling: str) -> dict[str, Any]:

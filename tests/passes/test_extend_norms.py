@@ -149,6 +149,20 @@ def test_sizes_stay_symbolic():
         torch.testing.assert_close(gm(x), model(x))
 
 
+@pytest.mark.parametrize("name", NORMS)
+def test_extended_graphs_can_be_captured_again(name):
+    """``torch.compile`` and ``rewrite`` of an extended model see its norms, under some key."""
+    x = torch.randn(2, 3, 8)
+    gm = capture_(stirred(Two(8)), x)
+    run_pass(gm, name)
+    again = capture_(gm, x)
+    sites = [n.meta["site"] for n in ir.norm_nodes(again)]
+    assert len(sites) == len(set(sites)) == 3
+    assert torch.equal(again(x), gm(x))
+    report = run_pass(again, name)
+    assert not report.applied and len(report.refused) == 3
+
+
 def test_first_gradients_are_alive():
     """At insertion at least one parameter of each extension has a gradient."""
     alive = {
