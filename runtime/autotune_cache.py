@@ -268,3 +268,30 @@ def fingerprint(device: torch.device) -> str:
     """A hash of the plans in force, for the keys of compile caches."""
     text = json.dumps(load(device), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _verdict_key(kernel: str, dtype: torch.dtype, sizes: tuple[int, int]) -> str:
+    # rows in powers of two: one measurement speaks for row counts near it
+    rows = 1 << max(sizes[0] - 1, 0).bit_length()
+    return key("verdict", dtype, (rows, sizes[1]), {"kernel": kernel})
+
+
+def verdict(
+    device: torch.device, kernel: str, dtype: torch.dtype, sizes: tuple[int, int]
+) -> dict[str, Any] | None:
+    """Whether a kernel was measured faster than Inductor's own code for ``(rows, columns)``."""
+    entry = load(device).get(_verdict_key(kernel, dtype, sizes))
+    return entry if entry is not None and isinstance(entry.get("faster"), bool) else None
+
+
+def record_verdict(
+    device: torch.device,
+    kernel: str,
+    dtype: torch.dtype,
+    sizes: tuple[int, int],
+    ours: float,
+    inductor: float,
+) -> None:
+    """Keep a measured comparison; ours counts as faster from 3 % on."""
+    entry = {"faster": ours * 1.03 <= inductor, "ours": ours, "inductor": inductor}
+    store(device, {_verdict_key(kernel, dtype, sizes): entry})

@@ -34,10 +34,38 @@ _ROUND = {"bf16": 1, "fp16": 2, "fp32": 0}
 
 #: Arguments that stay plain 32-bit numbers; every other argument that is not a constexpr is a pointer.
 _NUMBERS = frozenset(
-    "rows cols rank x_stride r_stride h_stride dy_stride ds_stride do_stride span rows_per_program "
-    "M N K w_stride".split()
+    [
+        "rows",
+        "cols",
+        "rank",
+        "x_stride",
+        "r_stride",
+        "h_stride",
+        "dy_stride",
+        "ds_stride",
+        "do_stride",
+        "span",
+        "rows_per_program",
+        "M",
+        "N",
+        "K",
+        "w_stride",
+    ]
 )
-_FLOAT32 = frozenset("stats partials partial squares scale colsum t_out t_in dt_out dt_in".split())
+_FLOAT32 = frozenset(
+    [
+        "stats",
+        "partials",
+        "partial",
+        "squares",
+        "scale",
+        "colsum",
+        "t_out",
+        "t_in",
+        "dt_out",
+        "dt_in",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -254,7 +282,18 @@ def read(compiled: Any, target: str) -> Resources:
 
 def table(targets: tuple[str, ...], dtypes: tuple[str, ...]) -> Iterator[str]:
     """Markdown rows for every kernel × target × dtype × regime."""
-    columns = "kernel regime dtype target warps registers spilled shared tensor-core all".split()
+    columns = [
+        "kernel",
+        "regime",
+        "dtype",
+        "target",
+        "warps",
+        "registers",
+        "spilled",
+        "shared",
+        "tensor-core",
+        "all",
+    ]
     yield "| " + " | ".join(columns) + " |"
     yield "|" + " --- |" * len(columns)
     for dtype in dtypes:

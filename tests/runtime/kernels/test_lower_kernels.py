@@ -144,10 +144,11 @@ ALL = {
         ((8, 64), (8, 64)),
     ),
     "gated_fwd": (
-        lambda x, d: nf.gated_rms_norm(x, [-1], None, None, d, d.t(), stat_dtype=F32),
-        ((8, 64), (16, 64)),
+        lambda x, d, u: nf.gated_rms_norm(x, [-1], None, None, d, u, stat_dtype=F32),
+        ((8, 64), (16, 64), (64, 16)),
     ),
-    "norm_linear_kernel": (deferred(), SHAPES),
+    "norm_linear_split": (deferred(), SHAPES),
+    "norm_linear_kernel": (deferred(), ((128, 256), (256, 256), (256,), (128, 256))),
 }
 
 

@@ -1,0 +1,61 @@
+"""Plans and the cost model: arithmetic that must hold for every size and device."""
+
+import pytest
+import torch
+from normfuse.runtime import devices
+from normfuse.runtime.kernels import plans
+
+
+@pytest.mark.parametrize("cols", [1, 2, 17, 128, 1000, 4096, 8193, 16384, 16385, 200_000])
+@pytest.mark.parametrize("rows", [1, 7, 64, 100_000])
+def test_norm_plans_cover_the_row(rows, cols):
+    p = plans.norm_forward(rows, cols, 132)
+    if p.regime == "tile":
+        assert p.block_c >= cols and p.block_r * p.block_c <= 16384 and p.splits == 1
+    else:
+        assert cols > 8192 and 1 <= p.splits <= 32
+    b = plans.norm_backward(rows, cols, 132)
+    assert 1 <= b.splits <= 264
+    if b.regime == "tile":
+        assert b.block_c >= cols
+    for n in (p.block_c, p.block_r, p.num_warps, b.block_c, b.block_r, b.num_warps):
+        assert n & (n - 1) == 0
+
+
+def test_split_only_where_rows_are_few():
+    assert plans.norm_forward(1, 65536, 132).splits > 1
+    assert plans.norm_forward(4096, 65536, 132).splits == 1
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("m", [1, 16, 64, 65, 512, 4096])
+def test_product_plans(m, itemsize):
+    for dual in (False, True):
+        p = plans.gemm(m, 4096, 4096, itemsize, 132, dual=dual)
+        assert p.block_m >= 16 and p.block_n >= 16 and p.block_k >= 16
+        # operands of all stages fit the smallest shared memory of the table's NVIDIA devices
+        width = p.block_m + p.block_n * (2 if dual else 1)
+        assert width * p.block_k * itemsize * (p.num_stages - 1) <= 163 * 1024
+        assert (p.regime == "decode") == (m <= 64)
+        if m > 64:
+            assert p.splits == 1
+    assert plans.gemm(m, 64, 65536, itemsize, 132, split_allowed=False).splits == 1
+
+
+def test_table():
+    assert devices.by_name("NVIDIA H200").name == "H200"
+    assert devices.by_name("NVIDIA A100-SXM4-80GB").name == "A100"
+    assert devices.by_name("AMD Instinct MI300X").name == "MI300"
+    assert devices.by_name("some other device") is None
+    assert devices.find(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("device", devices.TABLE, ids=lambda d: d.name)
+def test_model_takes_small_and_declines_large(device):
+    for m in (1, 8, 64):
+        assert devices.norm_linear(device, m, 4096, 4096, 2).use
+    for m in (8192, 65536):
+        decision = devices.norm_linear(device, m, 4096, 4096, 2)
+        assert not decision.use and "not predicted faster" in decision.reason
+    assert devices.gated(device, 16384, 4096, 16, 2).use
+    assert devices.norm_linear(device, 8, 4096, 4096, 2).kernel_seconds > 0
