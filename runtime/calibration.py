@@ -334,7 +334,7 @@ class Calibration:
         sinks = self.attention_sinks()
         if sinks:
             heads = sum(len(h) for _, h in sinks)
-            total = sum(e.stats.heads for e in attention)  # type: ignore[union-attr]
+            total = sum(e.stats.heads for e in attention)  # type: ignore[union-attr, misc]
             worst = max(attention, key=lambda e: e.figures().get("first_mass_max", 0.0))
             figures = worst.figures()
             lines.append(
@@ -343,7 +343,7 @@ class Calibration:
                 f"{figures['uniform_mass']:.1%} if spread evenly; its first value vector is "
                 f"{figures['first_value_ratio']:.2f}× as long as the average)"
             )
-        elif any(e.figures().get("queries") for e in attention):
+        elif any(e.figures()["queries"] > 0 for e in attention):
             most = max(e.figures().get("first_mass_max", 0.0) for e in attention)
             lines.append(
                 f"no attention sink: no head puts more than {SINK_MASS:.0%} of its attention on "

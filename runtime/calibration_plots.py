@@ -68,7 +68,7 @@ def channel_heat_map(calibration: Calibration) -> Figure | None:
                 str(channel), (channel, -0.5), ha="center", va="bottom", fontsize=7, rotation=90
             )
     bar = figure.colorbar(shown, ax=axis, pad=0.01)
-    bar.set_label("log₁₀ of mean |x| over the median channel")
+    bar.set_label("log₁₀ (mean |x| / median channel)", fontsize=8)
     return figure
 
 
@@ -134,6 +134,7 @@ def compare(calibrations: Mapping[str, Calibration]) -> Figure | None:
     left.set_yscale("log")
     left.set_ylabel("largest / median channel")
     right.set_ylabel("energy share of the top channel")
+    right.set_ylim(0, 1)
     for axis in (left, right):
         axis.set_xlabel("norm, in network order")
         axis.grid(alpha=0.3)
