@@ -363,16 +363,17 @@ class WeightBuilder:
         found = self._known.get(key)
         if found is None:
             like = next(iter(_nodes(args)))
-            alike = (target, frozen(fx.node.map_arg(args, _looks)), frozen(kwargs))
+            alike = value_key(target, args, kwargs)
             with self.graph.inserting_after(self._last(args)):
-                if alike in self._values:
+                if alike is not None and alike in self._values:
                     found = self.graph.call_function(target, args, kwargs)
                     ir.inherit(found, like)
                     found.meta["weight_program"] = True
                     found.meta["val"] = self._values[alike]
                 else:
                     found = ir.emit(self.graph, target, *args, like=like, weight=True, **kwargs)
-                    self._values[alike] = ir.val(found)
+                    if alike is not None:
+                        self._values[alike] = ir.val(found)
             self._known[key] = found
         return found
 
@@ -541,10 +542,21 @@ class WeightBuilder:
         return self.work(scale, like) if isinstance(scale, fx.Node) else scale
 
 
-def _looks(node: fx.Node) -> Any:
-    """What the fake value of an op depends on."""
-    v = ir.val(node)
-    return (tuple(v.shape), v.stride(), v.dtype, v.device)
+def value_key(target: Any, args: Any, kwargs: Any) -> Any:
+    """What the fake value of a call depends on; ``None`` where sizes are symbolic."""
+
+    def looks(operand: fx.Node) -> Any:
+        v = ir.val(operand)
+        if not isinstance(v, torch.Tensor):
+            raise TypeError
+        return (tuple(v.shape), v.stride(), v.dtype, v.device)
+
+    try:
+        key = frozen((target, *fx.node.map_arg((tuple(args), dict(kwargs)), looks)))
+        hash(key)
+    except TypeError:  # a symbolic size has no hash
+        return None
+    return key
 
 
 def _nodes(args: Any) -> Iterator[fx.Node]:

@@ -17,7 +17,16 @@ from torch import fx
 
 from .. import cost, ir
 from ..errors import Refuse
-from ..linear import Linear, WeightBuilder, frozen, is_weight, match_linear, named_args, table_user
+from ..linear import (
+    Linear,
+    WeightBuilder,
+    frozen,
+    is_weight,
+    match_linear,
+    named_args,
+    table_user,
+    value_key,
+)
 from ..manager import Context, Pass, PassResult, register
 from ..report import Site
 
@@ -63,6 +72,7 @@ class MergeLinears(Pass):
         result = PassResult()
         builder = WeightBuilder(gm.graph, context)
         keys: set[str] = set()
+        known: dict[Any, Any] = {}
         groups, same = _same_input(gm)
         for readers in groups:
             for members, problem in _partition(readers, same):
@@ -73,7 +83,7 @@ class MergeLinears(Pass):
                 ) -> Callable[[], None]:
                     if problem is not None:
                         raise problem
-                    return self._plan(members, context, builder)
+                    return self._plan(members, context, builder, known)
 
                 first = members[0]
                 result.sites.append(
@@ -93,11 +103,15 @@ class MergeLinears(Pass):
         return result
 
     def _plan(
-        self, members: list[Linear], context: Context, builder: WeightBuilder
+        self,
+        members: list[Linear],
+        context: Context,
+        builder: WeightBuilder,
+        known: dict[Any, Any],
     ) -> Callable[[], None]:
         if context.policy == "pays":
             self._must_pay(members, context)
-        return lambda: _merge(members, builder)
+        return lambda: _merge(members, builder, known)
 
     def _must_pay(self, members: list[Linear], context: Context) -> None:
         first = members[0]
@@ -244,7 +258,7 @@ def _shape_text(linear: Linear) -> str:
 # The commit
 
 
-def _merge(members: list[Linear], builder: WeightBuilder) -> None:
+def _merge(members: list[Linear], builder: WeightBuilder, known: dict[Any, Any]) -> None:
     first = members[0]
     graph = first.node.graph
     weight = builder.emit(aten.cat.default, [m.weight for m in members], first.out_dim)
@@ -275,7 +289,7 @@ def _merge(members: list[Linear], builder: WeightBuilder) -> None:
         offset += width
         changed.append(part)
         ir.replace(m.node, part)
-    refresh_layouts(changed)
+    refresh_layouts(changed, known)
 
 
 def _zeros(linear: Linear, builder: WeightBuilder) -> fx.Node:
@@ -286,10 +300,11 @@ def _zeros(linear: Linear, builder: WeightBuilder) -> fx.Node:
     return builder.emit(aten.new_zeros.default, linear.weight, size)
 
 
-def refresh_layouts(changed: Sequence[fx.Node]) -> None:
+def refresh_layouts(changed: Sequence[fx.Node], known: dict[Any, Any]) -> None:
     """Recompute fake values behind nodes whose strides have changed, as far as strides change.
 
-    A ``view`` that its new strides do not allow becomes a ``reshape``.
+    A ``view`` that its new strides do not allow becomes a ``reshape``. ``known`` remembers values
+    by op and operands' layouts: the blocks of a model are mostly alike.
     """
     queue = [u for n in changed for u in n.users]
     heapq.heapify(queue)
@@ -303,16 +318,36 @@ def refresh_layouts(changed: Sequence[fx.Node]) -> None:
             if node.target is not operator.getitem:
                 continue
         before = _strides(node)
-        try:
-            ir.set_val(node)
-        except (RuntimeError, ValueError):
-            if not ir.is_call(node, aten.view.default, aten._unsafe_view.default):
-                raise
-            node.target = aten.reshape.default
-            ir.set_val(node)
+        key = _layout_key(node)
+        if key is not None and key in known:
+            node.meta["val"] = known[key]
+            node.meta.pop("tensor_meta", None)
+        else:
+            _recompute(node)
+            key = _layout_key(node)  # its op may have changed
+            if key is not None:
+                known[key] = ir.val(node)
         if _strides(node) != before:
             for user in node.users:
                 heapq.heappush(queue, user)
+
+
+def _recompute(node: fx.Node) -> None:
+    try:
+        ir.set_val(node)
+    except (RuntimeError, ValueError):
+        if not ir.is_call(node, aten.view.default, aten._unsafe_view.default):
+            raise
+        node.target = aten.reshape.default
+        ir.set_val(node)
+
+
+def _layout_key(node: fx.Node) -> Any:
+    """What the fake value of ``node`` depends on; ``None`` with symbolic sizes."""
+
+    if not isinstance(node.target, torch._ops.OpOverload) or not ir.is_tensor(node):
+        return None
+    return value_key(node.target, node.args, node.kwargs)
 
 
 def _strides(node: fx.Node) -> Any:
