@@ -5,7 +5,8 @@
 For each kernel and shape: agreement with the float64 formula first (a wrong kernel is not timed), then
 medians of CUDA-graph replays over rotating buffers larger than the L2 cache. Peers run in the same
 process: eager PyTorch and ``torch.compile(mode="max-autotune-no-cudagraphs")``. Floors are measured in
-the same run: copy bandwidth and the library's own matrix product. Writes JSON into ``benchmarks/results/``.
+the same run: copy bandwidth and the library's own matrix product. Writes JSON into
+``benchmarks/results/``.
 """
 
 from __future__ import annotations
