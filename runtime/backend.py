@@ -30,6 +30,7 @@ from ..passes.presets import resolve
 from ..passes.report import Report
 from ..passes.weights import WeightCache, mark_recompute, split
 from .lower import expand
+from .lower_kernels import lower_to_kernels
 from .options import Options, parse
 from .provenance import source_hash, trace_artifact
 
@@ -141,6 +142,8 @@ class Program:
     def compile(self, inputs: Sequence[Any], settings: Options) -> Callable:
         from torch._inductor.compile_fx import compile_fx
 
+        if settings.kernels:
+            lower_to_kernels(self.gm, _where(inputs), policy=settings.policy)
         expand(self.gm)
         self.gm.recompile()
         trace_artifact("normfuse_after", lambda: self.gm.print_readable(print_output=False))
@@ -238,7 +241,7 @@ def rewrite_dynamo(
         report.sites.extend(sites)
         context = Context(
             training=training,
-            device=_device(tensors),
+            device=_where(tensors).type,
             policy=settings.policy,
             disabled=frozenset(settings.disable),
             fuel=settings.fuel,
@@ -294,9 +297,10 @@ def _outputs(program: Any) -> int:
     return len(output.args[0])
 
 
-def _device(tensors: Sequence[torch.Tensor]) -> str:
-    types = {t.device.type for t in tensors}
-    return next((d for d in ("cuda", "xpu") if d in types), "cpu")
+def _where(inputs: Sequence[Any]) -> torch.device:
+    """The accelerator the graph runs on, else the CPU."""
+    devices = [x.device for x in inputs if isinstance(x, torch.Tensor)]
+    return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
 
 
 _caches: dict[tuple, Any] = {}
