@@ -29,6 +29,7 @@ from ..passes.manager import Context, PassManager
 from ..passes.presets import resolve
 from ..passes.report import Report
 from ..passes.weights import WeightCache, mark_recompute, split
+from . import autotune_cache
 from .lower import expand
 from .lower_kernels import lower_to_kernels
 from .options import Options, parse
@@ -142,8 +143,11 @@ class Program:
     def compile(self, inputs: Sequence[Any], settings: Options) -> Callable:
         from torch._inductor.compile_fx import compile_fx
 
-        if settings.kernels:
-            lower_to_kernels(self.gm, _where(inputs), policy=settings.policy)
+        tag = source_hash()
+        if settings.kernels and (device := _where(inputs)).type == "cuda":
+            lower_to_kernels(self.gm, device, policy=settings.policy)
+            # tuned plans are chosen inside op bodies, which compile-cache keys do not see
+            tag += autotune_cache.fingerprint(device)
         expand(self.gm)
         self.gm.recompile()
         trace_artifact("normfuse_after", lambda: self.gm.print_readable(print_output=False))
@@ -157,7 +161,7 @@ class Program:
         with contextlib.ExitStack() as stack:
             for context in disabled(self.gm.meta.get("autocast", ())):
                 stack.enter_context(context)
-            stack.enter_context(_cache_key(source_hash()))
+            stack.enter_context(_cache_key(tag))
             compiled: Any = compile_fx(self.gm, inputs, config_patches=dict(settings.inductor))
         if cache is None:
             return compiled

@@ -168,10 +168,16 @@ def doctor(
         bool, typer.Option("--trial", help="Also compile and run a small model.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    clear: Annotated[
+        bool, typer.Option("--clear", help="First forget the tuned kernel plans on disk.")
+    ] = False,
 ) -> None:
     """What is installed, and what normfuse will use of it. Exit code 1 if something is wrong."""
+    from . import autotune_cache
     from .doctor import examine
 
+    if clear:
+        autotune_cache.clear()
     diagnosis = examine(trial)
     if as_json:
         typer.echo(json.dumps(diagnosis.to_dict(), indent=2))

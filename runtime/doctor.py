@@ -55,10 +55,15 @@ def examine(try_it: bool = False) -> Diagnosis:
     """Look around; with ``try_it``, compile and run a small model through the backend."""
     import torch
 
+    from . import autotune_cache
+
     d = Diagnosis()
     add = d.findings.append
     add(Finding("normfuse", version("normfuse") or "not installed (running from a folder)"))
     add(Finding("python", platform.python_version()))
+    plans = autotune_cache.describe()
+    state = f"{plans['plans']} plans in {plans['files']} files"
+    add(Finding("tuned kernels", state, True if plans["plans"] else None, plans["directory"]))
     add(_torch())
     triton = version("triton")
     cuda = torch.cuda.is_available()
