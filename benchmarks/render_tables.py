@@ -91,7 +91,7 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
 def section(name: str) -> str:
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
     if not path.is_file():
-        return f"Not measured yet: `benchmarks/results/{path.name}` is missing.\n"
+        return "Not measured yet; `python benchmarks/model_zoo.py` fills this section.\n"
     result = json.loads(path.read_text("utf-8"))
     bullets = "\n".join(f"- {line}" for line in summary_lines(result))
     return f"{environment_line(result)}\n\n{zoo_table(result)}\n\n{bullets}\n"
