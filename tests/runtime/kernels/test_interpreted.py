@@ -26,7 +26,10 @@ def test_under_interpreter(name, tmp_path):
         "NORMFUSE_CACHE_DIR": str(tmp_path),
     }
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / name)],
+        [
+            *(sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider"),
+            *("-o", "addopts=-q --import-mode=importlib", str(HERE / name)),
+        ],
         env=env,
         capture_output=True,
         text=True,
