@@ -98,6 +98,7 @@ class Resources:
 
 def cases(dtype: str) -> Iterator[Case]:
     """The configurations that ``plans`` chooses for typical sizes, on 132 processors."""
+    p: Any  # a plan of whichever kernel comes next
     size, rounding = DTYPES[dtype], _ROUND[dtype]
     casts = {"NORM_DT": rounding, "GAIN_DT": rounding, "BIAS_DT": rounding}
     for cols in (128, 1024, 4096, 16384):
