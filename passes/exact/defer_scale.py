@@ -157,6 +157,13 @@ def _must_pay(norm: fx.Node, x: fx.Node, readings: list[Reading], context: Conte
             "the scale",
             norm,
         )
+    rows, limit = cost.rows(x), cost.defer_rows(context.device)
+    if limit is not None and rows > limit:
+        raise Refuse(
+            f"does not pay: {rows} rows; on {context.device} scaling the products instead of their "
+            f"input is faster only up to {limit} rows",
+            norm,
+        )
     saved = cost.nbytes(norm)
     if any(ir.dtype(r.linear.input) != ir.dtype(x) for r in readings):
         saved = 0  # a cast of the input is written instead

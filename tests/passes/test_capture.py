@@ -215,7 +215,7 @@ def test_clean_path(raw, clean):
 
 def test_user_frame_skips_torch():
     trace = (
-        'File "/home/u/model.py", line 7, in forward\n    return self.norm(x)\n'
+        'File "/models/model.py", line 7, in forward\n    return self.norm(x)\n'
         f'File "{torch.__file__.replace("__init__", "nn/modules/linear")}", line 1, in forward\n'
     )
     assert user_frame(trace).endswith("model.py:7")
