@@ -253,7 +253,7 @@ def from_exported(program: torch.export.ExportedProgram) -> fx.GraphModule:
             break
     for node in module.graph.nodes:
         if node.op == "get_attr":
-            value = _attribute(module, node.target)
+            value = ir.attribute(module, node.target)
             if isinstance(value, nn.Module) or not isinstance(value, torch.Tensor):
                 set_attribute(gm, node.target, value)
                 env[node] = graph.get_attr(node.target)
@@ -276,7 +276,7 @@ def from_exported(program: torch.export.ExportedProgram) -> fx.GraphModule:
     graph._codegen = module.graph._codegen
     gm.graph = graph
     for name, tensor in (*parameters.items(), *buffers.items()):
-        if not _has_attribute(gm, name):
+        if not ir.has_attribute(gm, name):
             set_attribute(gm, name, tensor, persistent=name in persistent)
     gm.train(module.training)
     gm.meta["range_constraints"] = {str(k): str(v) for k, v in program.range_constraints.items()}
@@ -323,20 +323,6 @@ def _leaf(
         new.meta["val"] = value if mode is None else mode.from_tensor(value, static_shapes=True)
     new.meta["kind"], new.meta["fqn"] = kind, name
     return new
-
-
-def _attribute(module: nn.Module, path: str) -> Any:
-    for part in path.split("."):
-        module = getattr(module, part)
-    return module
-
-
-def _has_attribute(module: nn.Module, path: str) -> bool:
-    try:
-        _attribute(module, path)
-    except AttributeError:
-        return False
-    return True
 
 
 def set_attribute(module: nn.Module, path: str, value: Any, *, persistent: bool = True) -> None:
@@ -419,7 +405,7 @@ def _mark_constants(gm: fx.GraphModule, mode: Any) -> None:
     for node in gm.graph.nodes:
         if node.op != "get_attr":
             continue
-        value = _attribute(gm, node.target)
+        value = ir.attribute(gm, node.target)
         if isinstance(value, torch.Tensor):
             node.meta.setdefault("kind", "constant")
             node.meta.setdefault("fqn", node.target)

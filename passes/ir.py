@@ -225,6 +225,22 @@ class NormArgs:
         return {**self._values, **changes}
 
 
+def attribute(module: torch.nn.Module, path: str) -> Any:
+    """The object behind a ``get_attr`` target or a parameter's qualified name."""
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def has_attribute(module: torch.nn.Module, path: str) -> bool:
+    try:
+        attribute(module, path)
+    except AttributeError:
+        return False
+    return True
+
+
 # ---------------------------------------------------------------------------------------------
 # Writing nodes
 

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from .weights import ir_attribute
+from . import ir
 
 #: Largest accepted relative disagreement in float64.
 TOLERANCE = 1e-10
@@ -41,7 +41,7 @@ class DoubleInterpreter(fx.Interpreter):
         return to_double(super().placeholder(target, args, kwargs))
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return to_double(ir_attribute(self.gm, target))
+        return to_double(ir.attribute(self.gm, target))
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         def promote(a: Any) -> Any:

@@ -127,7 +127,7 @@ def split(gm: fx.GraphModule) -> WeightProgram | None:
         for a in n.all_input_nodes:
             if a.op == "get_attr" and a not in env:
                 name = a.target.replace(".", "_")
-                root.register_buffer(name, ir_attribute(gm, a.target))
+                root.register_buffer(name, ir.attribute(gm, a.target))
                 env[a] = graph.get_attr(name)
                 env[a].meta = dict(a.meta)
         env[n] = graph.node_copy(n, lambda m: env[m])
@@ -163,13 +163,6 @@ def _reader_name(node: fx.Node, inside: set[fx.Node]) -> str | None:
                 role = {"mat2": "weight", "other": "weight", "input": "bias", "self": "bias"}
                 return f"{path}.{role.get(arg.name, arg.name)}"
     return None
-
-
-def ir_attribute(gm: fx.GraphModule, target: str) -> Any:
-    value: Any = gm
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value
 
 
 _version = operator.attrgetter("_version")

@@ -14,11 +14,12 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from ..passes import ir
 from ..passes.autocast import disabled
 from ..passes.capture import capture, out_spec, set_attribute
 from ..passes.errors import NormfuseError
 from ..passes.report import Report
-from ..passes.weights import ir_attribute, lift, split
+from ..passes.weights import lift, split
 from .signature import Signature
 
 if TYPE_CHECKING:
@@ -72,9 +73,9 @@ class BakedModule(nn.Module):
             for context in disabled(self._autocast):
                 stack.enter_context(context)
             out = self.graph_module(
-                *[ir_attribute(self, n) for n in self.weight_names],
+                *[ir.attribute(self, n) for n in self.weight_names],
                 *flat,
-                *[ir_attribute(self, n) for n in self.folded_names],
+                *[ir.attribute(self, n) for n in self.folded_names],
             )
         out = list(out) if isinstance(out, (tuple, list)) else [out]
         return pytree.tree_unflatten(out, self._out_spec)
@@ -106,7 +107,7 @@ def bake(
     folded: dict[str, torch.Tensor] = {}
     if program is not None:
         with torch.no_grad():
-            tensors = program.module(*[ir_attribute(gm, names[i]) for i in program.leaves])
+            tensors = program.module(*[ir.attribute(gm, names[i]) for i in program.leaves])
         for node, tensor in zip(placeholders[-len(tensors) :], tensors, strict=True):
             name = node.meta["fqn"]
             while name in read or name in folded:
@@ -122,7 +123,7 @@ def bake(
         Signature(gm),
     )
     for name in read:
-        set_attribute(module, name, ir_attribute(gm, name))
+        set_attribute(module, name, ir.attribute(gm, name))
     for name, tensor in folded.items():
         floating = tensor.is_floating_point()
         set_attribute(module, name, nn.Parameter(tensor) if floating else tensor)

@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from ..passes import ir
 from ..passes.autocast import ambient, disabled
 from ..passes.capture import capture, checked_args, out_spec, set_attribute
 from ..passes.errors import CaptureError, NormfuseError, VerificationError
@@ -20,7 +21,7 @@ from ..passes.manager import Context, Pass, PassManager, copy_graph
 from ..passes.presets import policy_of, resolve
 from ..passes.report import Report
 from ..passes.verify import flat_plain, max_error
-from ..passes.weights import WeightCache, ir_attribute, lift, split
+from ..passes.weights import WeightCache, lift, split
 from .signature import Signature
 
 #: How many input signatures one module keeps graphs for before it runs the original instead.
@@ -58,7 +59,7 @@ class Graph:
         self.autocast = gm.meta.get("autocast", ())
         # constants that the capture lifted out of the code are not the model's
         self.constants = {
-            name: ir_attribute(gm, name) for name in self.names if not _exists(owner, name)
+            name: ir.attribute(gm, name) for name in self.names if not ir.has_attribute(owner, name)
         }
         self._weight_types = [_type(t) for t in self._weights(owner)]
         self._split: fx.GraphModule | None = None
@@ -76,7 +77,7 @@ class Graph:
 
     def _weights(self, owner: nn.Module) -> list[torch.Tensor]:
         return [
-            self.constants[n] if n in self.constants else ir_attribute(owner, n) for n in self.names
+            self.constants[n] if n in self.constants else ir.attribute(owner, n) for n in self.names
         ]
 
     def matches(self, owner: nn.Module, flat: Sequence[Any]) -> bool:
@@ -106,14 +107,6 @@ class Graph:
 
 def _type(t: torch.Tensor) -> tuple:
     return (t.dtype, t.device, t.shape)
-
-
-def _exists(owner: nn.Module, name: str) -> bool:
-    try:
-        ir_attribute(owner, name)
-    except AttributeError:
-        return False
-    return True
 
 
 class RewrittenModule(nn.Module):
@@ -285,7 +278,7 @@ def build(
     start = time.perf_counter()
     gm = capture(source, tuple(args), dict(kwargs), dynamic=settings.dynamic)
     for name in owner.new_parameters:  # an earlier graph's additions are this one's too
-        set_attribute(gm, name, ir_attribute(source, name))
+        set_attribute(gm, name, ir.attribute(source, name))
     flat, in_spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     report, _ = transform(gm, flat, settings, training=source.training)
     owner.adopt(gm.meta.get("new_parameters", {}))

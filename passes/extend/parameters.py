@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import ir
-from ..capture import _attribute, _has_attribute, set_attribute
+from ..capture import set_attribute
 from ..errors import Refuse
 from ..manager import Context
 
@@ -83,9 +83,9 @@ def parameter_dtype(*nodes: Any) -> torch.dtype:
 
 def check_free(gm: fx.GraphModule, name: str, shape: tuple[int, ...]) -> None:
     """Refuse if ``name`` is taken by something else than such a parameter."""
-    if not _has_attribute(gm, name):
+    if not ir.has_attribute(gm, name):
         return
-    value = _attribute(gm, name)
+    value = ir.attribute(gm, name)
     if not isinstance(value, nn.Parameter) or tuple(value.shape) != shape:
         raise Refuse(f"the model already has an attribute {name!r} that is not this parameter")
 
@@ -104,13 +104,13 @@ def parameter(
         The ``get_attr`` node and whether the parameter is new (has its initial value).
     """
     new = gm.meta.setdefault(NEW, {})
-    fresh = not _has_attribute(gm, name)
+    fresh = not ir.has_attribute(gm, name)
     if fresh:
         value = nn.Parameter(init(), requires_grad=trainable)
         set_attribute(gm, name, value)
         new[name] = value
         gm.meta.setdefault("fresh_parameters", set()).add(name)
-    value = _attribute(gm, name)
+    value = ir.attribute(gm, name)
     new.setdefault(name, value)
     fresh = name in gm.meta.get("fresh_parameters", ())
     for node in gm.graph.find_nodes(op="get_attr"):
