@@ -19,19 +19,22 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import statistics
 import sysconfig
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 import normfuse
 import torch
 import torch.nn.functional as F
 from normfuse import passes
+from normfuse.runtime.calibration import SINK_RATIO
+from normfuse.runtime.measure import environment as measure_environment
 from normfuse.runtime.quantize_sim import quantize_linears
 from torch import nn
+
+SETTINGS = {"d": 128, "depth": 6, "heads": 4, "length": 128, "batch": 8, "lr": 2e-3, "decay": 0.1}
+OUTLIER_PRONE = {"lr": 1e-2, "decay": 0.0}
 
 
 class Block(nn.Module):
@@ -173,7 +176,7 @@ def measure(model, example, held) -> dict[str, float]:
     return row | outliers(gm, held[:2])
 
 
-def one_seed(seed: int, settings: dict, steps: int, tune: int, data, held, after: bool) -> dict:
+def one_seed(seed: int, settings: dict, steps: int, tune: int, data, held) -> dict:
     """Plain and gated from the same initialization and data; then gates on the trained plain model."""
     example = held[0][0]
     rows: dict[str, dict] = {}
@@ -181,7 +184,8 @@ def one_seed(seed: int, settings: dict, steps: int, tune: int, data, held, after
 
     def fresh():
         torch.manual_seed(seed)
-        return ByteLM(settings["d"], settings["depth"], settings["heads"], settings["length"])
+        model = ByteLM(settings["d"], settings["depth"], settings["heads"], settings["length"])
+        return model.to(data.device)
 
     plain, gated = fresh(), extended(fresh(), example)
     for name, model in (("plain", plain), ("gated", gated)):
@@ -194,19 +198,18 @@ def one_seed(seed: int, settings: dict, steps: int, tune: int, data, held, after
         row = rows[name]
         figures = f"{row['loss']:.4f} bits/byte, W4A4 {row['w4a4_lost']:+.4f}"
         print(f"  seed {seed} {name}: {figures}", flush=True)
-    if after:
-        late = extended(plain, example)
-        with torch.no_grad():
-            same = torch.equal(late(example), plain(example))
-        late.requires_grad_(False)
-        gates = [p.requires_grad_() for p in late.meta["new_parameters"].values()]
-        untouched = evaluate(late, held)
-        print(f"  seed {seed} gates inserted: bit-identical {same}, {untouched:.4f}", flush=True)
-        train(late, gates, data, settings | {"decay": 0.0}, seed + 1000, tune)
-        rows["gates added late"] = measure(late, example, held) | {
-            "bit_identical_at_insertion": same,
-            "loss_at_insertion": untouched,
-        }
+    late = extended(plain, example)
+    with torch.no_grad():
+        same = torch.equal(late(example), plain(example))
+    late.requires_grad_(False)
+    gates = [p.requires_grad_() for p in late.meta["new_parameters"].values()]
+    untouched = evaluate(late, held)
+    print(f"  seed {seed} gates inserted: bit-identical {same}, {untouched:.4f}", flush=True)
+    train(late, gates, data, settings | {"decay": 0.0}, seed + 1000, tune)
+    rows["gates added late"] = measure(late, example, held) | {
+        "bit_identical_at_insertion": same,
+        "loss_at_insertion": untouched,
+    }
     return {"rows": rows, "history": history}
 
 
@@ -237,72 +240,79 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+#: What differs from SETTINGS. The second is chosen to grow residual sinks in few steps.
+REGIMES: dict[str, dict] = {"default": {}, "outlier-prone": OUTLIER_PRONE}
+
+
+def load(path: Path | None, settings: dict, steps: int) -> dict:
+    """What an interrupted run with the same settings left in ``path``, or an empty result."""
+    fresh = {
+        "kind": "gated_rescaling",
+        "environment": measure_environment(),
+        "settings": settings,
+        "steps": steps,
+        "regimes": {},
+    }
+    if path is None or not path.is_file():
+        return fresh
+    old = json.loads(path.read_text(encoding="utf-8"))
+    if (old.get("settings"), old.get("steps")) != (settings, steps):
+        raise SystemExit(f"{path} holds a run with other settings; move it away or change --out")
+    return old
+
+
+def save(path: Path | None, result: dict) -> None:
+    """Write all at once: a run that is stopped leaves what it had, whole."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    part.replace(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one seed, tiny model: mechanics only")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--out", type=Path, help="write everything as JSON")
+    parser.add_argument("--regimes", nargs="+", choices=list(REGIMES), default=list(REGIMES))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="JSON, saved after every seed; goes on from it")
     options = parser.parse_args()
-    settings = {
-        "d": 128,
-        "depth": 6,
-        "heads": 4,
-        "length": 128,
-        "batch": 8,
-        "lr": 2e-3,
-        "decay": 0.1,
-    }
+    settings = dict(SETTINGS)
     seeds, steps = options.seeds, options.steps
     if options.quick:
         settings |= {"d": 32, "depth": 2, "heads": 2, "length": 80, "batch": 4}
         seeds, steps = 1, 20
-    torch.set_num_threads(max(1, torch.get_num_threads()))
-    data, held_out = text(4_000_000)
+    device = torch.device(options.device)
+    data, held_out = (t.to(device) for t in text(4_000_000))
     held = list(windows(held_out, 8, settings["length"], 12345, 2 if options.quick else 8))
-    everything: dict = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "torch": torch.__version__,
-        "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "settings": settings,
-        "steps": steps,
-        "runs": {},
-    }
-    regimes = {
-        "default": {},
-        "outlier-prone (5× learning rate, no weight decay)": {
-            "lr": 5 * settings["lr"],
-            "decay": 0.0,
-        },
-    }
-    for title, changes in regimes.items():
+    everything = load(options.out, settings, steps)
+    for title in options.regimes:
+        changes = REGIMES[title]
         print(f"\n{title}: {settings | changes}, {steps} steps", flush=True)
-        results = [
-            one_seed(
-                s, settings | changes, steps, max(5, steps // 4), data, held, after=not changes
-            )
-            for s in range(seeds)
-        ]
+        done = everything["regimes"].setdefault(title, {"changes": changes, "seeds": {}})["seeds"]
+        for seed in range(seeds):
+            if str(seed) not in done:
+                tune = max(5, steps // 4)
+                done[str(seed)] = one_seed(seed, settings | changes, steps, tune, data, held)
+                save(options.out, everything)
+        results = list(done.values())
         print("\n" + table(results))
         diseased = statistics.fmean(r["rows"]["plain"]["stream_max_to_median"] for r in results)
-        if diseased < 20:
+        if diseased < SINK_RATIO:
             print(
                 f"\nThe plain models grew no residual sink (largest channel {diseased:.1f}× the median): "
                 "this run says nothing about curing one."
             )
         for r in results:
-            late = r["rows"].get("gates added late")
-            if late is not None:
-                assert late["bit_identical_at_insertion"], "the gates changed the function"
-        everything["runs"][title] = results
+            late = r["rows"]["gates added late"]
+            assert late["bit_identical_at_insertion"], "the gates changed the function"
     print(
         "\nThe paper reports +2 points of average quality and 1.2 points lost under W4A4, at billions "
         "of parameters; those numbers are its authors', not reproduced here."
     )
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(everything, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

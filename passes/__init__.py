@@ -7,7 +7,14 @@ from typing import Any
 
 from . import ops as ops
 from .capture import capture as capture
-from .errors import CaptureError, NormfuseError, Refuse, SpecError, VerificationError
+from .errors import (
+    CaptureError,
+    NormfuseError,
+    NormfuseWarning,
+    Refuse,
+    SpecError,
+    VerificationError,
+)
 from .manager import Context, Pass, PassManager, PassResult, register, registry
 from .report import Report, Site
 
@@ -15,6 +22,7 @@ __all__ = [
     "CaptureError",
     "Context",
     "NormfuseError",
+    "NormfuseWarning",
     "Pass",
     "PassManager",
     "PassResult",

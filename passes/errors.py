@@ -7,6 +7,10 @@ class NormfuseError(RuntimeError):
     """Base class of every error raised by normfuse."""
 
 
+class NormfuseWarning(UserWarning):
+    """A rewrite is right as asked, and has a consequence worth knowing."""
+
+
 class CaptureError(NormfuseError):
     """The model could not be turned into one pre-dispatch ATen graph; says what and where."""
 

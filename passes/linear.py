@@ -542,6 +542,24 @@ class WeightBuilder:
         return self.work(scale, like) if isinstance(scale, fx.Node) else scale
 
 
+def linear_names(gm: fx.GraphModule) -> dict[fx.Node, str]:
+    """A name for every linear layer of a graph: its module's path, ``path#1`` for a second call.
+
+    Calibration stores its figures under these names; graphs of the same model share them.
+    """
+    seen: dict[str, int] = {}
+    out: dict[fx.Node, str] = {}
+    for node in gm.graph.nodes:
+        linear = match_linear(node)
+        if linear is None or not ir.is_weight_expr(linear.weight):
+            continue
+        name = ir.module_path(node) or node.name
+        n = seen.get(name, 0)
+        seen[name] = n + 1
+        out[node] = f"{name}#{n}" if n else name
+    return out
+
+
 def value_key(target: Any, args: Any, kwargs: Any) -> Any:
     """What the fake value of a call depends on; ``None`` where sizes are symbolic."""
 

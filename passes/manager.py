@@ -12,6 +12,7 @@ import copy
 import hashlib
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from torch import fx
 
 from . import ir
 from .autocast import ambient, disabled
-from .errors import NormfuseError, Refuse
+from .errors import NormfuseError, NormfuseWarning, Refuse
 from .report import PassRecord, Report, Site
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ class Context:
     journal: list[tuple[str, str]] = field(default_factory=list)
     #: scratch space shared by the passes of one run, e.g. the residual-stream analysis
     cache: dict[str, Any] = field(default_factory=dict)
+    #: what ``normfuse.calibrate`` found on this graph, if it was asked (an object with ``hidden()``)
+    calibration: Any = None
     #: facts that stay true whatever is rewritten (the float64 results of the original graph)
     facts: dict[str, Any] = field(default_factory=dict)
     #: float64 disagreement measured after each verified pass
@@ -93,6 +96,10 @@ class PassResult:
     #: the graph computes what it did before. False for extensions whose parameters were trained
     #: already (another graph of an extended model) and for every pass with the promise "alter"
     keeps_function: bool = True
+    #: sentences for the report
+    notes: list[str] = field(default_factory=list)
+    #: sentences for the report that also become one Python warning per run
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def modified(self) -> bool:
@@ -115,6 +122,8 @@ class Pass:
 
     name: ClassVar[str] = ""
     promise: ClassVar[str] = "exact"
+    #: a sentence for the report of every run that rewrites something (set by presets)
+    note: str = ""
 
     def __init__(self, **options: Any) -> None:
         self.options = options
@@ -206,13 +215,35 @@ def registry() -> dict[str, type[Pass]]:
 
 
 class Snapshot:
-    """A remembered graph; each call puts a fresh copy of it back."""
+    """A remembered graph; each call puts a fresh copy of it back.
+
+    Taken before every pass and hardly ever needed: it only keeps what the nodes held (arguments are
+    immutable in fx) and builds nodes when asked to.
+    """
 
     def __init__(self, gm: fx.GraphModule) -> None:
-        self.gm, self.graph = gm, copy_graph(gm.graph)
+        self.gm, self.codegen = gm, gm.graph._codegen
+        self.records = [
+            (n, n.name, n.target, n.args, n.kwargs, n.type, copy.copy(n.meta))
+            for n in gm.graph.nodes
+        ]
 
     def __call__(self) -> None:
-        self.gm.graph = copy_graph(self.graph)
+        self.gm.graph = self.graph()
+
+    def graph(self) -> fx.Graph:
+        """A fresh copy of the graph as it was."""
+        graph = fx.Graph()
+        env: dict[fx.Node, fx.Node] = {}
+        for old, name, target, args, kwargs, kind, meta in self.records:
+            args, kwargs = fx.node.map_arg((args, kwargs), env.__getitem__)
+            new = graph.create_node(old.op, target, args, kwargs, name, kind)
+            new.meta = copy.copy(meta)
+            if hasattr(old, "_dynamo_source"):
+                new._dynamo_source = old._dynamo_source
+            env[old] = new
+        graph._codegen = self.codegen
+        return graph
 
 
 def copy_graph(source: fx.Graph) -> fx.Graph:
@@ -294,6 +325,7 @@ class PassManager:
     def _run_all(
         self, gm: fx.GraphModule, context: Context, report: Report, disabled: frozenset[str]
     ) -> None:
+        said: list[str] = []
         for p in self.passes:
             record = PassRecord(p.name, p.promise, disabled=p.name in disabled)
             report.passes.append(record)
@@ -304,6 +336,11 @@ class PassManager:
             record.seconds = time.perf_counter() - t0
             record.applied, record.refused = len(result.applied), len(result.refused)
             _merge(report, p, result)
+            said += result.warnings
+            if p.note and result.modified and p.note not in report.notes:
+                report.notes.append(p.note)
+        if said:
+            warnings.warn("; ".join(dict.fromkeys(said)), NormfuseWarning, stacklevel=4)
 
     def _run_one(self, p: Pass, gm: fx.GraphModule, context: Context, report: Report) -> PassResult:
         journal, fuel = list(context.journal), context.fuel
@@ -335,9 +372,14 @@ class PassManager:
                 from .verify import check_pass, rebase
 
                 if p.promise == "alter" or not result.keeps_function:
-                    rebase(gm, context)
+                    change = rebase(gm, context, before.graph())
+                    if p.promise == "alter" and change is not None:
+                        result.notes.append(
+                            f"{p.name} changes the result by {change:.1e} relative (largest "
+                            "difference over largest value, on the example inputs, in float64)"
+                        )
                     return result
-                disagreement = check_pass(before.graph, gm, context)
+                disagreement = check_pass(before.graph(), gm, context)
                 if disagreement is not None:
                     undo()
                     culprit = self._culprit(p, gm, context, result.applied, undo)
@@ -370,7 +412,7 @@ class PassManager:
                 p.run(gm, context)
                 ir.stable_sort(gm.graph)
                 ir.erase_dead(gm)
-                wrong = check_pass(before.graph, gm, context) is not None
+                wrong = check_pass(before.graph(), gm, context) is not None
             finally:
                 before()
                 undo()
@@ -435,3 +477,4 @@ def _merge(report: Report, p: Pass, result: PassResult) -> None:
         site.flops_saved += saved[1]
     for key, reason in result.refused:
         site_of(key).refused.append((p.name, reason))
+    report.notes += [*result.notes, *result.warnings]

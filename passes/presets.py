@@ -24,6 +24,14 @@ PRESETS: dict[str, tuple[str, ...]] = {
 }
 
 
+#: What asking for rotation readiness gives up, said in its report.
+ROTATION_NOTE = (
+    "rotation_ready folds every gain: rotations need norms without gains, and activations then lose "
+    "whatever a small gain hid. A rotation spreads a huge channel over all others; without one, or "
+    "with a gate in its place, leave such gains unfolded (FoldAffine(keep=[…]))"
+)
+
+
 def resolve(passes: str | Iterable[Any]) -> list[Pass]:
     """Pass instances for a preset's name or a list of passes, classes or registered names.
 
@@ -40,7 +48,11 @@ def resolve(passes: str | Iterable[Any]) -> list[Pass]:
                 f"passes: {sorted(known)}"
             )
         options = {"fold_affine": {"copy_tied": True}} if passes == "rotation_ready" else {}
-        return [known[name](**options.get(name, {})) for name in PRESETS[passes] if name in known]
+        chosen = [known[n](**options.get(n, {})) for n in PRESETS[passes] if n in known]
+        if passes == "rotation_ready":
+            for p in chosen:
+                p.note = ROTATION_NOTE if p.name == "fold_affine" else ""
+        return chosen
     return [instantiate(p) for p in passes]
 
 

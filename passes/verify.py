@@ -118,9 +118,18 @@ def check_pass(before: fx.Graph, gm: fx.GraphModule, context: Any) -> str | None
     return f"float64 results differ by {error:.1e} relative (allowed {TOLERANCE:.0e})"
 
 
-def rebase(gm: fx.GraphModule, context: Any) -> None:
-    """Later passes are compared with ``gm`` as it is now: a pass has changed the function."""
-    inputs = gm.meta.get("example_inputs")
-    if inputs is not None:
-        context.facts["double"] = flat_double(gm, inputs)
+def rebase(gm: fx.GraphModule, context: Any, before: fx.Graph) -> float | None:
+    """Later passes are compared with ``gm`` as it is now: a pass has changed the function.
+
+    Returns:
+        How much (relative, float64), or ``None`` without example inputs.
+    """
     context.facts["rebased"] = True
+    inputs = gm.meta.get("example_inputs")
+    if inputs is None:
+        return None
+    expected = context.facts.get("double")
+    if expected is None:
+        expected = flat_double(gm, inputs, before)
+    now = context.facts["double"] = flat_double(gm, inputs)
+    return max_error(now, expected)

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from ..passes import ir
 from ..passes.axis import is_dropout
-from ..passes.linear import match_linear
+from ..passes.linear import linear_names, match_linear
 from ..passes.residual import streams
 from .statistics import Attention
 
@@ -140,13 +140,10 @@ def _norms(gm: fx.GraphModule, order: dict[fx.Node, int]) -> list[Probe]:
 
 
 def _linears(gm: fx.GraphModule, order: dict[fx.Node, int]) -> list[Probe]:
-    names = _Names()
     by_input: dict[tuple[fx.Node, int], Probe] = {}
-    for node in gm.graph.nodes:
+    for node, name in linear_names(gm).items():
         linear = match_linear(node)
-        if linear is None or not ir.is_weight_expr(linear.weight):
-            continue
-        name = names(ir.module_path(node) or node.name)
+        assert linear is not None
         at = (linear.input, linear.feature_in)
         probe = by_input.get(at)
         if probe is not None:

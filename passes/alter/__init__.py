@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from .absorb_outliers import AbsorbOutliers
+
+__all__ = ["AbsorbOutliers"]

@@ -6,13 +6,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import fnmatch
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
 from .. import cost, ir
 from ..errors import Refuse
+from ..exposure import Exposed, hidden_channels, sentence
 from ..linear import WeightBuilder, is_weight, set_args
 from ..manager import Context, Pass, PassResult, register
 from ..readers import check_readers, feature_axis, fold_into_readers
@@ -34,15 +36,20 @@ def normed_value(node: fx.Node) -> fx.Node | None:
 class FoldAffine(Pass):
     """Fold gains and biases of norms into every linear reader.
 
+    A gain near zero may hide a huge channel from its readers; folding it hands them the raw channel
+    (:mod:`~normfuse.passes.exposure`). The report then says so, and a warning.
+
     Args:
         copy_tied: also fold into heads whose weight is an embedding table, at the price of a copy.
+        keep: site keys or glob patterns of norms that keep their gain.
     """
 
     name = "fold_affine"
     promise = "exact"
 
-    def __init__(self, *, copy_tied: bool = False) -> None:
-        super().__init__(copy_tied=copy_tied)
+    def __init__(self, *, copy_tied: bool = False, keep: str | Iterable[str] = ()) -> None:
+        self.keep = (keep,) if isinstance(keep, str) else tuple(keep)
+        super().__init__(copy_tied=copy_tied, keep=self.keep)
         self.copy_tied = copy_tied
 
     @classmethod
@@ -74,6 +81,8 @@ class FoldAffine(Pass):
     def run(self, gm: fx.GraphModule, context: Context) -> PassResult:
         result = PassResult()
         builder = WeightBuilder(gm.graph, context)
+        exposed: list[Exposed] = []
+        measured = None if context.calibration is None else context.calibration.hidden()
         for node in ir.norm_nodes(gm):
             args = ir.NormArgs(node)
             if args.gain is None and args.bias is None:
@@ -89,6 +98,10 @@ class FoldAffine(Pass):
             )
             if self.attempt(context, result, key, plan):
                 result.savings[key] = (saved.bytes, saved.flops)
+                found = hidden_channels(gm, key, args.gain, measured)
+                exposed += [found] if found is not None else []
+        if exposed:
+            result.warnings.append(sentence(exposed))
         return result
 
     def _plan(
@@ -98,6 +111,12 @@ class FoldAffine(Pass):
             raise Refuse("a gated norm's own gate reads the scaled result", node)
         if ir.is_call(node, nf.seed_norm):
             raise Refuse("the norm adds an input-dependent term to its gain", node)
+        if any(
+            node.meta["site"] == k or fnmatch.fnmatchcase(node.meta["site"], k) for k in self.keep
+        ):
+            raise Refuse("its gain is kept on request (keep=)")
+        if node.meta.get("absorbed"):
+            raise Refuse("its gain keeps channels out that absorb_outliers moved into biases", node)
         for name in ("gain", "bias"):
             t = getattr(args, name)
             if t is not None and not is_weight(t):
