@@ -18,6 +18,8 @@ Facts, all in ``node.meta``:
     ``file:line`` of the innermost frame of the user's own code.
 ``site``
     On nodes of the norm vocabulary: the site's key, stable through rewrites (see ``report.Site``).
+``region``
+    The id of the checkpointed region the node belongs to, if any (see ``subgraphs.py``).
 ``spelling``
     On the same nodes: how the norm was written (``"nn.LayerNorm"``, ``"x*rsqrt(mean(x²)+eps)"``…).
 """
@@ -44,6 +46,8 @@ WEIGHT_KINDS = frozenset({"param", "buffer", "constant"})
 
 #: Pure ops that may appear in an expression of weights.
 _PURE_NAMESPACES = ("aten::", "normfuse::", "prims::")
+#: Whether an op is pure, as far as its schema says: asked for every node, many times.
+_pure_targets: dict[Any, bool] = {}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -127,9 +131,15 @@ def is_pure(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return False
-    if not target._schema.name.startswith(_PURE_NAMESPACES) or target._schema.is_mutable:
-        return False
-    if torch.Tag.nondeterministic_seeded in target.tags or node.is_impure():
+    pure = _pure_targets.get(target)
+    if pure is None:
+        pure = _pure_targets[target] = (
+            target._schema.name.startswith(_PURE_NAMESPACES)
+            and not target._schema.is_mutable
+            and torch.Tag.nondeterministic_seeded not in target.tags
+            and not node.is_impure()
+        )
+    if not pure:
         return False
     return not running_stats_written(node)
 
@@ -277,7 +287,10 @@ def emit(
     return node
 
 
-_PROVENANCE = ("module", "where", "nn_module_stack", "stack_trace", "seq_nr", "custom", "recompute")
+_PROVENANCE = (
+    *("module", "where", "nn_module_stack", "stack_trace", "seq_nr", "custom", "recompute"),
+    "region",
+)
 
 
 def inherit(node: fx.Node, like: fx.Node, *, site: bool = False) -> None:
