@@ -7,10 +7,13 @@ so that an unmeasured kernel is declined where being wrong would cost time.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from .kernels import plans
 
 
 @dataclass(frozen=True)
@@ -100,29 +103,44 @@ def _decide(device: Device, ours: float, theirs: float, what: str) -> Decision:
     )
 
 
-def norm_linear(
-    device: Device, m: int, n: int, k: int, itemsize: int, *, dual: bool = False
-) -> Decision:
-    """One-product norm + linear against Inductor's: a row statistic, a library product, a scaling.
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer of ``n`` results: ``dual`` takes two weights, ``epilogue`` means an activation."""
 
-    Inductor's product is an external call, so that the scaling of its result is one more kernel that
-    reads and writes the result (its own templates, under max-autotune, can spare that one).
+    n: int
+    dual: bool = False
+    epilogue: bool = False
+
+
+def norm_linear(
+    device: Device,
+    m: int,
+    k: int,
+    itemsize: int,
+    layers: Sequence[Layer],
+    *,
+    deferred: bool = False,
+) -> Decision:
+    """One-product norm + linear for all readers of a norm, against what Inductor does.
+
+    That is a norm (or, ``deferred``, a row statistic), library products, and a kernel behind each
+    that has something left to do: a row scale, an activation. Inductor's own templates, under
+    max-autotune, can spare the latter, so it counts half: the pessimistic side for us.
     """
-    wide = n * (2 if dual else 1)
     peak = device.flops if itemsize == 2 else device.flops32
-    flops = 2.0 * m * wide * k
     stream = device.bandwidth * _STREAM_EFFICIENCY
-    product = (m * k + wide * k) * itemsize
-    ours = max((product + m * n * itemsize) / stream, flops / (peak * _PRODUCT_EFFICIENCY))
-    ours += device.launch
-    if m <= 64:
-        ours += device.launch  # the split products are summed by a second kernel
-    library = max((product + m * wide * itemsize) / stream, flops / (peak * 0.95))
-    statistic = m * k * itemsize / stream
-    scaling = (m * wide + m * n) * itemsize / stream
-    theirs = library + statistic + 2 * device.launch
-    # under max-autotune the scaling fuses: count only half of it, the pessimistic side for us
-    theirs += 0.5 * (scaling + device.launch)
+    ours = 0.0
+    theirs = device.launch + m * k * itemsize * (1 if deferred else 2) / stream
+    for layer in layers:
+        wide = layer.n * (2 if layer.dual else 1)
+        flops = 2.0 * m * wide * k
+        read = (m * k + wide * k) * itemsize
+        ours += max((read + m * layer.n * itemsize) / stream, flops / (peak * _PRODUCT_EFFICIENCY))
+        plan = plans.gemm(m, layer.n, k, itemsize, device.processors, dual=layer.dual)
+        ours += device.launch * (2 if plan.splits > 1 else 1)
+        theirs += max((read + m * wide * itemsize) / stream, flops / (peak * 0.95)) + device.launch
+        if deferred or layer.epilogue:
+            theirs += 0.5 * (m * (wide + layer.n) * itemsize / stream + device.launch)
     return _decide(device, ours, theirs, "norm and linear in one product")
 
 

@@ -21,6 +21,7 @@ _ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "sigmoid": torch.sigmoid,
 }
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -66,7 +67,14 @@ class _Norm(nn.Module):
         stream = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
         stat = _stat(stream)
         if op is not None and (residual is None or residual.shape == x.shape):
-            rest = (self.weight, self.bias, self.eps, self._center, stat, stream)
+            rest = (
+                self.weight,
+                self.bias,
+                self.eps,
+                "layer" if self._center else "rms",
+                stat,
+                stream,
+            )
             if residual is None:
                 return op.norm(x, *rest)[0]
             return op.add_norm(x, residual, *rest)[:2]
@@ -155,8 +163,14 @@ class NormLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         op = _kernels_for(x, self.weight, self.bias)
         if op is not None and x.dtype == self.weight.dtype:
-            rest = (self.eps, self.center, self.activation, self.glu, None)
-            return op.norm_linear(x, self.weight, None, self.bias, *rest)[0]
+            kind = "layer" if self.center else "rms"
+            weights, biases = (self.weight, None), (self.bias, None)
+            if self.glu:
+                weights = self.weight.chunk(2)
+                biases = biases if self.bias is None else self.bias.chunk(2)
+            (gate, up), (bias, up_bias) = weights, biases
+            rest = (self.eps, kind, self.activation, None)
+            return op.norm_linear(x, gate, bias, None, up, up_bias, None, *rest)[0]
         stat = _stat(x.dtype)
         norm = ops.layer_norm if self.center else ops.rms_norm
         h = norm(x, [-1], eps=self.eps, stat_dtype=stat, norm_dtype=stat, out_dtype=x.dtype)

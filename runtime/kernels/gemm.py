@@ -65,7 +65,7 @@ def product(
     """``x wᵀ`` (and ``x w2ᵀ`` if ``DUAL``) over ``[k_begin, k_end)``, with ``Σx`` and ``Σx²``.
 
     ``m``, ``n`` are int64 row numbers. Returns ``(acc, acc2, Σx, Σx²)`` in float32; what was not asked
-    for is zero (``STATS``: 0 none, 1 ``Σx²``, 2 both).
+    for is zero (``STATS``: 0 none, 1 ``Σx²``, 2 and 3 both).
     """
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -82,7 +82,7 @@ def product(
         if STATS >= 1:
             f = a.to(tl.float32)
             s2 += tl.sum(f * f, axis=1)
-        if STATS == 2:
+        if STATS >= 2:
             s1 += tl.sum(f, axis=1)
     return acc, acc2, s1, s2
 
@@ -132,8 +132,43 @@ def centered_product(
 
 
 @triton.jit
+def centered_row(
+    x,
+    w,
+    w2,
+    n,
+    n_mask,
+    K,
+    mean,
+    w_stride,
+    w_stride_k,
+    DUAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """:func:`centered_product` of one row (``x`` points at it), ``[1, BLOCK_N]``, without dot."""
+    acc = tl.zeros((BLOCK_N,), tl.float32)
+    acc2 = tl.zeros((BLOCK_N,), tl.float32)
+    s1 = tl.zeros((1,), tl.float32)
+    s2 = tl.zeros((1,), tl.float32)
+    every = tl.zeros((BLOCK_K,), tl.int64)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        f = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+        f = tl.where(k < K, f - mean, 0.0)
+        s1 += tl.sum(f, axis=0)
+        s2 += tl.sum(f * f, axis=0)
+        b = load_tile(w, n, every + k, w_stride, w_stride_k, n_mask, K, False, False)
+        acc += tl.sum(b.to(tl.float32) * f[None, :], axis=1)
+        if DUAL:
+            b = load_tile(w2, n, every + k, w_stride, w_stride_k, n_mask, K, False, False)
+            acc2 += tl.sum(b.to(tl.float32) * f[None, :], axis=1)
+    return acc[None, :], acc2[None, :], s1, s2
+
+
+@triton.jit
 def activation(v, ACT: tl.constexpr):
-    """0 identity, 1 relu, 2 silu, 3 gelu, 4 gelu with tanh; float32 in and out."""
+    """0 identity, 1 relu, 2 silu, 3 gelu, 4 gelu with tanh, 5 sigmoid; float32 in and out."""
     if ACT == 1:
         # not maximum(): NaN must stay NaN
         v = tl.where(v < 0.0, 0.0, v)
@@ -144,4 +179,6 @@ def activation(v, ACT: tl.constexpr):
     elif ACT == 4:
         t = 0.7978845608028654 * (v + 0.044715 * v * v * v)
         v = v * tl.sigmoid(2.0 * t)
+    elif ACT == 5:
+        v = tl.sigmoid(v)
     return v

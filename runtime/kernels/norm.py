@@ -9,7 +9,8 @@ Saved for backward: one float32 per row (two for LayerNorm), never the normalize
 recomputes as ``(x - mean)·rstd``.
 
 Statistics, scaling and all sums are float32. ``*_DT`` say how intermediate results are rounded, as the
-vocabulary op demands: 0 float32 (not at all), 1 bfloat16, 2 float16.
+vocabulary op demands: 0 float32 (not at all), 1 bfloat16, 2 float16. ``KIND``: 1 RMSNorm, 2
+LayerNorm, 3 the RMS of a zero-mean row whose last element was dropped (minus the sum of the others).
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def norm_fwd_tile(
     x_stride,
     r_stride,
     EPS: tl.constexpr,
-    CENTER: tl.constexpr,
+    KIND: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_GAIN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -87,7 +88,7 @@ def norm_fwd_tile(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Whole rows in registers. ``stats`` is ``[1 or 2, rows]``: rstd, then mean."""
+    """Whole rows in registers. ``stats`` is ``[1 or 2, rows]``: rstd, then mean (or sum, kind 3)."""
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.arange(0, BLOCK_C)
     r_mask = r < rows
@@ -99,7 +100,7 @@ def norm_fwd_tile(
     h = load_sum(x, residual, at_x, at_r, mask, HAS_RESIDUAL, SUM_DT)
     if HAS_RESIDUAL:
         tl.store(stream + at, h, mask=mask)
-    if CENTER:
+    if KIND == 2:
         mean = tl.sum(h, axis=1) / cols
         h = tl.where(mask, h - mean[:, None], 0.0)
         # what rounding left of the mean: matters where it is large beside the deviation
@@ -107,7 +108,12 @@ def norm_fwd_tile(
         h = tl.where(mask, h - rest[:, None], 0.0)
         mean += rest
         tl.store(stats + rows + r, mean, mask=r_mask)
-    rstd = tl.rsqrt(tl.sum(h * h, axis=1) / cols + EPS)
+    if KIND == 3:
+        total = tl.sum(h, axis=1)
+        rstd = tl.rsqrt((tl.sum(h * h, axis=1) + total * total) / (cols + 1) + EPS)
+        tl.store(stats + rows + r, total, mask=r_mask)
+    else:
+        rstd = tl.rsqrt(tl.sum(h * h, axis=1) / cols + EPS)
     tl.store(stats + r, rstd, mask=r_mask)
     if WRITE_Y:
         out = affine(
@@ -136,7 +142,7 @@ def norm_partials(
     x_stride,
     r_stride,
     span,
-    CENTER: tl.constexpr,
+    KIND: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     SUM_DT: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -145,8 +151,8 @@ def norm_partials(
     """Statistics of one span of one row: ``partials[row, split] = (pivot, mean - pivot, centered Σ²)``.
 
     The pivot is the mean of the span's first block: small differences to it keep the digits that a
-    large mean in one float32 would lose. Programs are ``(row, split)``. Without centering the first
-    two numbers are 0 and the third is ``Σx²``.
+    large mean in one float32 would lose. Programs are ``(row, split)``. Without centering they are
+    ``(0, Σx, Σx²)``.
     """
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -164,7 +170,7 @@ def norm_partials(
         )
         if HAS_RESIDUAL:
             tl.store(stream + row * cols + c, h, mask=mask)
-        if CENTER:
+        if KIND == 2:
             count = tl.minimum(end - start, BLOCK_C).to(tl.float32)
             block_mean = tl.sum(h, axis=0) / count
             d = tl.where(mask, h - block_mean, 0.0)
@@ -174,6 +180,8 @@ def norm_partials(
             rest += block_mean - pivot
             n, mean, m2 = merge(n, mean, m2, count, rest, tl.sum(d * d, axis=0))
         else:
+            if KIND == 3:
+                mean += tl.sum(h, axis=0)
             m2 += tl.sum(h * h, axis=0)
     at = (row * SPLITS + split) * 3
     tl.store(partials + at, pivot)
@@ -194,7 +202,7 @@ def norm_apply(
     h_stride,
     span,
     EPS: tl.constexpr,
-    CENTER: tl.constexpr,
+    KIND: tl.constexpr,
     HAS_GAIN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WRITE_Y: tl.constexpr,
@@ -214,7 +222,7 @@ def norm_apply(
     m2 = tl.load(at + 2, mask=s_mask, other=0.0)
     pivot = 0.0
     mean = 0.0
-    if CENTER:
+    if KIND == 2:
         pivot = tl.load(partials + row * SPLITS * 3)
         means = tl.load(at, mask=s_mask, other=0.0) - pivot
         means += tl.load(at + 1, mask=s_mask, other=0.0)
@@ -223,11 +231,18 @@ def norm_apply(
         mean = tl.sum(means * counts, axis=0) / cols
         d = tl.where(s_mask, means - mean, 0.0)
         m2 += d * d * counts
-    rstd = tl.rsqrt(tl.sum(m2, axis=0) / cols + EPS)
+    square = tl.sum(m2, axis=0)
+    if KIND == 3:
+        total = tl.sum(tl.load(at + 1, mask=s_mask, other=0.0), axis=0)
+        rstd = tl.rsqrt((square + total * total) / (cols + 1) + EPS)
+    else:
+        rstd = tl.rsqrt(square / cols + EPS)
     if split == 0:
         tl.store(stats + row, rstd)
-        if CENTER:
+        if KIND == 2:
             tl.store(stats + rows + row, pivot + mean)
+        if KIND == 3:
+            tl.store(stats + rows + row, total)
     if WRITE_Y:
         begin = split * span
         end = tl.minimum(begin + span, cols)
@@ -266,7 +281,7 @@ def norm_bwd_tile(
     dy_stride,
     ds_stride,
     rows_per_program,
-    CENTER: tl.constexpr,
+    KIND: tl.constexpr,
     HAS_DSTREAM: tl.constexpr,
     HAS_GAIN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -277,7 +292,8 @@ def norm_bwd_tile(
     """dx of whole rows, and this program's share of dgain and dbias (``[programs, cols]``).
 
     With ``h = x̂`` the normalized row and ``w = dy·gain``:
-    ``dx = rstd·(w - x̂·mean(w·x̂) - mean(w))``; the last mean only with centering.
+    ``dx = rstd·(w - x̂·mean(w·x̂) - mean(w))``; the last mean for LayerNorm only. Kind 3 has
+    ``dx = rstd·(w - (x̂ + Σx̂)·Σ(w·x̂)/(d + 1))``.
     """
     pid = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
@@ -298,7 +314,7 @@ def norm_bwd_tile(
         h = h.to(tl.float32)
         w = w.to(tl.float32)
         rstd = tl.load(stats + r, mask=r_mask, other=0.0)
-        if CENTER:
+        if KIND == 2:
             mean = tl.load(stats + rows + r, mask=r_mask, other=0.0)
             h = h - mean[:, None]
         h = tl.where(mask, h * rstd[:, None], 0.0)
@@ -307,8 +323,13 @@ def norm_bwd_tile(
         if HAS_GAIN:
             sum_g += tl.sum(w * round_to(h, NORM_DT), axis=0)
             w = w * g[None, :]
-        d = w - h * (tl.sum(w * h, axis=1) / cols)[:, None]
-        if CENTER:
+        dot = tl.sum(w * h, axis=1)
+        if KIND == 3:
+            total = tl.load(stats + rows + r, mask=r_mask, other=0.0)
+            d = w - (h + (total * rstd)[:, None]) * (dot / (cols + 1))[:, None]
+        else:
+            d = w - h * (dot / cols)[:, None]
+        if KIND == 2:
             d -= (tl.sum(w, axis=1) / cols)[:, None]
         d = d * rstd[:, None]
         if HAS_DSTREAM:
@@ -334,7 +355,7 @@ def norm_bwd_loop(
     h_stride,
     dy_stride,
     ds_stride,
-    CENTER: tl.constexpr,
+    KIND: tl.constexpr,
     HAS_DSTREAM: tl.constexpr,
     HAS_GAIN: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -343,7 +364,7 @@ def norm_bwd_loop(
     row = tl.program_id(0).to(tl.int64)
     rstd = tl.load(stats + row)
     mean = 0.0
-    if CENTER:
+    if KIND == 2:
         mean = tl.load(stats + rows + row)
     wh = tl.zeros((BLOCK_C,), tl.float32)
     ww = tl.zeros((BLOCK_C,), tl.float32)
@@ -356,10 +377,14 @@ def norm_bwd_loop(
             w = w * tl.load(gain + c, mask=mask, other=0.0).to(tl.float32)
         wh += tl.where(mask, w * ((h - mean) * rstd), 0.0)
         ww += w
+    # dx = rstd·(w - x̂·c1 - c2)
     c1 = tl.sum(wh, axis=0) / cols
     c2 = 0.0
-    if CENTER:
+    if KIND == 2:
         c2 = tl.sum(ww, axis=0) / cols
+    if KIND == 3:
+        c1 = tl.sum(wh, axis=0) / (cols + 1)
+        c2 = tl.load(stats + rows + row) * rstd * c1
     for start in range(0, cols, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         mask = c < cols
@@ -385,7 +410,7 @@ def norm_bwd_columns(
     h_stride,
     dy_stride,
     rows_per_program,
-    CENTER: tl.constexpr,
+    KIND: tl.constexpr,
     HAS_GAIN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NORM_DT: tl.constexpr,
@@ -409,7 +434,7 @@ def norm_bwd_columns(
         if HAS_GAIN:
             h = tl.load(h_ptr + r[:, None] * h_stride + c[None, :], mask=mask, other=0.0)
             h = h.to(tl.float32)
-            if CENTER:
+            if KIND == 2:
                 h = h - tl.load(stats + rows + r, mask=r_mask, other=0.0)[:, None]
             h = h * tl.load(stats + r, mask=r_mask, other=0.0)[:, None]
             sum_g += tl.sum(tl.where(mask, w * round_to(h, NORM_DT), 0.0), axis=0)

@@ -100,7 +100,6 @@ def gemm(
     processors: int,
     *,
     dual: bool = False,
-    split_allowed: bool = True,
 ) -> GemmPlan:
     """Plan of ``[m, k] × [n, k]ᵀ``: decode (≤ 64 rows), medium (≤ 512), large; symbolic is medium."""
     wide = itemsize > 2
@@ -109,7 +108,7 @@ def gemm(
         block_n = 32 if block_m == 64 and dual else 64
         block_k = 64 if wide else 128
         splits = 1
-        if split_allowed and _static(n) and _static(k):
+        if _static(n) and _static(k):
             tiles = cdiv(n, block_n) * cdiv(m, block_m)
             splits = max(min(2 * processors // max(tiles, 1), k // (4 * block_k), 16), 1)
         return GemmPlan("decode", block_m, block_n, block_k, 4, 3, splits, 1)

@@ -57,9 +57,10 @@ _FLOAT32 = frozenset(
         "stats",
         "partials",
         "partial",
-        "squares",
+        "sums",
         "scale",
         "colsum",
+        "colsum2",
         "t_out",
         "t_in",
         "dt_out",
@@ -103,7 +104,7 @@ def cases(dtype: str) -> Iterator[Case]:
     casts = {"NORM_DT": rounding, "GAIN_DT": rounding, "BIAS_DT": rounding}
     for cols in (128, 1024, 4096, 16384):
         p = plans.norm_forward(4096, cols, 132)
-        flags = {"CENTER": True, "HAS_RESIDUAL": True, "HAS_GAIN": True, "HAS_BIAS": True}
+        flags = {"KIND": 2, "HAS_RESIDUAL": True, "HAS_GAIN": True, "HAS_BIAS": True}
         yield Case(
             norm.norm_fwd_tile,
             f"tile {cols}",
@@ -117,7 +118,7 @@ def cases(dtype: str) -> Iterator[Case]:
         norm.norm_partials,
         "split",
         dtype,
-        {"CENTER": True, "HAS_RESIDUAL": True, "SUM_DT": rounding, "SPLITS": p.splits,
+        {"KIND": 2, "HAS_RESIDUAL": True, "SUM_DT": rounding, "SPLITS": p.splits,
          "BLOCK_C": p.block_c},
         p.num_warps,
     )  # fmt: skip
@@ -125,7 +126,7 @@ def cases(dtype: str) -> Iterator[Case]:
         norm.norm_apply,
         "split",
         dtype,
-        {"EPS": 1e-5, "CENTER": True, "HAS_GAIN": True, "HAS_BIAS": True, "WRITE_Y": True, **casts,
+        {"EPS": 1e-5, "KIND": 2, "HAS_GAIN": True, "HAS_BIAS": True, "WRITE_Y": True, **casts,
          "SPLITS": p.splits, "BLOCK_S": plans.next_power_of_2(p.splits), "BLOCK_C": p.block_c},
         p.num_warps,
     )  # fmt: skip
@@ -135,7 +136,7 @@ def cases(dtype: str) -> Iterator[Case]:
             norm.norm_bwd_tile,
             f"tile {cols}",
             dtype,
-            {"CENTER": True, "HAS_DSTREAM": True, "HAS_GAIN": True, "HAS_BIAS": True,
+            {"KIND": 2, "HAS_DSTREAM": True, "HAS_GAIN": True, "HAS_BIAS": True,
              "NORM_DT": rounding, "BLOCK_R": p.block_r, "BLOCK_C": p.block_c},
             p.num_warps,
         )  # fmt: skip
@@ -144,14 +145,14 @@ def cases(dtype: str) -> Iterator[Case]:
         norm.norm_bwd_loop,
         "loop",
         dtype,
-        {"CENTER": True, "HAS_DSTREAM": True, "HAS_GAIN": True, "BLOCK_C": p.block_c},
+        {"KIND": 2, "HAS_DSTREAM": True, "HAS_GAIN": True, "BLOCK_C": p.block_c},
         p.num_warps,
     )
     yield Case(
         norm.norm_bwd_columns,
         "loop",
         dtype,
-        {"CENTER": True, "HAS_GAIN": True, "HAS_BIAS": True, "NORM_DT": rounding,
+        {"KIND": 2, "HAS_GAIN": True, "HAS_BIAS": True, "NORM_DT": rounding,
          "BLOCK_R": p.block_r, "BLOCK_C": 128},
         4,
     )  # fmt: skip
@@ -165,7 +166,7 @@ def cases(dtype: str) -> Iterator[Case]:
         ("large scaled", 4096, False, 0),
         ("large GLU", 4096, True, 1),
     ):
-        p = plans.gemm(m, 4096, 4096, size, 132, dual=dual, split_allowed=False)
+        p = plans.gemm(m, 4096, 4096, size, 132, dual=dual)
         yield Case(
             linear.norm_linear_kernel,
             f"{regime} {p.block_m}×{p.block_n}×{p.block_k}",
@@ -192,8 +193,8 @@ def cases(dtype: str) -> Iterator[Case]:
         linear.norm_linear_finish,
         "decode split",
         dtype,
-        {"EPS": 1e-5, "STATS": 1, "HAS_BIAS": True, "DUAL": False, "ACT": 0, "SPLITS": p.splits,
-         "BLOCK_N": 256},
+        {"EPS": 1e-5, "LIMIT": 64.0, "STATS": 2, "HAS_BIAS": True, "DUAL": False, "ACT": 0,
+         "SPLITS": p.splits, "BLOCK_N": 256, "BLOCK_K": 32, "w_stride_k": 1},
         4,
     )  # fmt: skip
     for rank in (16, 64):

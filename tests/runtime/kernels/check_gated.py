@@ -11,6 +11,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from interpreter import DTYPES, check, triton_ops
 from normfuse.passes import ops
+from normfuse.runtime.kernels import plans
 
 
 def make(rows, d, r, dtype, affine=True, seed=0):
@@ -63,7 +64,7 @@ def test_any_shape(rows, d, rank, dtype, affine, early, gate_scale):
 
 
 def test_rows_shared_by_programs():
-    assert triton_ops.plans.gated(150, 40, 8, 132).splits == 3
+    assert plans.gated(150, 40, 8, 132).splits == 3
     compare(make(150, 40, 8, torch.float32), torch.float32, torch.float32)
 
 
@@ -72,7 +73,7 @@ def test_closed_gate_is_exactly_the_norm(dtype):
     """With ``up = 0`` the gate is 1: the insertion changes nothing, to the last bit."""
     x, gain, bias, down, up = make(5, 70, 8, dtype)
     y = triton_ops.gated_norm(x, gain, bias, down, up * 0, 1e-6, 2.0, torch.float32, dtype)[0]
-    plain = triton_ops.norm(x, gain, bias, 1e-6, False, torch.float32, dtype)[0]
+    plain = triton_ops.norm(x, gain, bias, 1e-6, "rms", torch.float32, dtype)[0]
     # both round float32 rows to dtype; their sums run in different orders
     torch.testing.assert_close(y, plain, rtol=torch.finfo(dtype).eps, atol=1e-6)
 

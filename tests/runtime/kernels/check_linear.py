@@ -1,4 +1,4 @@
-"""Norm and linear in one product, and products scaled per row."""
+"""Norm and linear in one product, gated pairs, and products scaled per row."""
 
 import sys
 from pathlib import Path
@@ -10,17 +10,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from interpreter import DTYPES, check, triton_ops
+from interpreter import DTYPES, KINDS, check, formula, triton_ops
 from normfuse.passes import ops
 from normfuse.runtime.kernels import plans
+from normfuse.runtime.triton_ops import products
 
-ACTS = {
-    "identity": lambda z: z,
-    "relu": F.relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-}
+ACTS = triton_ops.ACTIVATIONS
 
 
 def make(m, n, k, dtype, mean=0.0, scale=1.0, seed=0):
@@ -30,198 +25,264 @@ def make(m, n, k, dtype, mean=0.0, scale=1.0, seed=0):
     return x, w, torch.randn(n, generator=g).to(dtype)
 
 
-def reference(x, w, b, center, act, glu, eps=1e-5):
+def pair(m, n, k, dtype, **options):
+    """Inputs of a gated pair: two layers."""
+    x, w, b = make(m, n, k, dtype, **options)
+    _, up, up_bias = make(1, n, k, dtype, seed=9)
+    return x, w, b, up, up_bias
+
+
+def ours(x, w, b=None, up=None, up_bias=None, kind="rms", act="identity", eps=1e-5):
+    return triton_ops.norm_linear(x, w, b, None, up, up_bias, None, eps, kind, act, None)
+
+
+def reference(x, w, b=None, up=None, up_bias=None, kind="rms", act="identity", eps=1e-5):
     """Norm, then linear, then activation, as eager PyTorch rounds them."""
     native = {"stat_dtype": torch.float32, "norm_dtype": torch.float32, "out_dtype": x.dtype}
     native = {} if x.dtype == torch.float64 else native
-    h = (ops.layer_norm if center else ops.rms_norm)(x, [-1], eps=eps, **native)
-    z = F.linear(h, w, b)
-    if not glu:
-        return ACTS[act](z)
-    gate, up = z.chunk(2, -1)
-    return ACTS[act](gate) * up
+    h = formula(kind, x, eps=eps, **native)
+    y = ACTS[act](F.linear(h, w, b))
+    return y if up is None else y * F.linear(h, up, up_bias)
 
 
-def compare(x, w, b, center=False, act="identity", glu=False, gradients=True):
+def rstd_of(x, kind, eps=1e-5):
+    rows = x.double().reshape(-1, x.shape[-1])
+    if kind == "layer":
+        rows = rows - rows.mean(-1, keepdim=True)
+    if kind == "crms":
+        rows = torch.cat([rows, -rows.sum(-1, keepdim=True)], -1)
+    return torch.rsqrt(rows.square().mean(-1) + eps)
+
+
+def compare(x, w, b, up=None, up_bias=None, kind="rms", act="identity", gradients=True):
     results = []
-    for kind in ("ours", "eager", "truth"):
+    for who in ("ours", "eager", "truth"):
         args = [
-            None if t is None else (t.double() if kind == "truth" else t.clone()).requires_grad_()
-            for t in (x, w, b)
+            None if t is None else (t.double() if who == "truth" else t.clone()).requires_grad_()
+            for t in (x, w, b, up, up_bias)
         ]
-        if kind == "ours":
-            y, stats = triton_ops.norm_linear(
-                args[0], args[1], None, args[2], 1e-5, center, act, glu, None
-            )
-            rows = x.double().reshape(-1, x.shape[-1])
-            rows = rows - rows.mean(-1, keepdim=True) if center else rows
-            rstd = torch.rsqrt(rows.square().mean(-1) + 1e-5)
+        if who == "ours":
+            y, stats = ours(*args, kind=kind, act=act)
             tight = 1e-5 if x.dtype == torch.float32 else 1e-4
-            torch.testing.assert_close(stats[0].double(), rstd, rtol=tight, atol=0)
+            torch.testing.assert_close(stats[0].double(), rstd_of(x, kind), rtol=tight, atol=0)
         else:
-            y = reference(*args, center, act, glu)
+            y = reference(*args, kind=kind, act=act)
         grads = ()
         if gradients:
             dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)
             grads = torch.autograd.grad(y, [t for t in args if t is not None], dy)
         results.append([y, *grads])
-    for ours, eager, truth in zip(*results, strict=True):
+    for mine, eager, truth in zip(*results, strict=True):
         slack = 2e-6 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps / 2
-        check(ours.detach(), eager.detach(), truth.detach(), slack=slack)
+        check(mine.detach(), eager.detach(), truth.detach(), slack=slack)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=30, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
     m=st.integers(1, 20),
     n=st.integers(1, 80),
     k=st.integers(1, 300),
     dtype=st.sampled_from(DTYPES),
-    center=st.booleans(),
+    kind=st.sampled_from(KINDS),
     bias=st.booleans(),
     act=st.sampled_from(list(ACTS)),
-    scale=st.sampled_from([1e-2, 1.0, 1e2]),
+    scale=st.sampled_from([1e-6, 1e-2, 1.0, 1e4]),
 )
-def test_any_shape(m, n, k, dtype, center, bias, act, scale):
+def test_any_shape(m, n, k, dtype, kind, bias, act, scale):
     if dtype == torch.float16:
-        scale = (
-            1.0  # un-normalized products overflow float16 only in the result, yet eager's inputs do
-        )
-    if center and k < 4:
+        scale = 1.0  # float16 holds neither 1e4·4 nor 1e-6 to full precision
+    if kind == "layer" and k < 4:
         k = 4  # one or two centered elements: the result is all rounding
     x, w, b = make(m, n, k, dtype, scale=scale)
-    compare(x, w, b if bias else None, center, act)
+    # at 1e-6 gradients with respect to x are 1e2 and more of everything else: values only
+    compare(x, w, b if bias else None, kind=kind, act=act, gradients=scale == 1.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("act", ["silu", "gelu"])
+@pytest.mark.parametrize("act", ["silu", "gelu", "sigmoid"])
 def test_gated_pairs(dtype, act):
-    x, w, b = make(5, 2 * 33, 100, dtype)
-    compare(x, w, b, act=act, glu=True)
-    compare(x, w, None, act=act, glu=True)
+    x, w, b, up, up_bias = pair(5, 33, 100, dtype)
+    compare(x, w, b, up, up_bias, act=act)
+    compare(x, w, None, up, None, act=act)
 
 
-def test_gated_layer_norm():
-    x, w, b = make(5, 2 * 33, 100, torch.float32, mean=0.5)
-    compare(x, w, b, center=True, act="silu", glu=True)
+@pytest.mark.parametrize("kind", ["layer", "crms"])
+def test_gated_pair_of_another_norm(kind):
+    compare(*pair(5, 33, 100, torch.float32, mean=0.5), kind=kind, act="silu")
 
 
-@pytest.mark.parametrize("glu", [False, True])
-def test_split_k(glu):
-    """A few rows, long K: partial products and partial Σx² summed by a second kernel."""
-    plan = plans.gemm(3, 70, 2100, 4, 132, dual=glu)
+def test_pair_in_one_weight_and_in_two_layouts():
+    x, w, b = make(5, 66, 64, torch.float32)
+    merged = ours(x, w[33:], b[33:], w[:33], b[:33], act="silu")[0]
+    copied = ours(x, w[33:].clone(), b[33:].clone(), w[:33].clone(), b[:33].clone(), act="silu")[0]
+    assert torch.equal(merged, copied)
+    other = w[:33].t().contiguous().t()
+    torch.testing.assert_close(ours(x, w[33:], b[33:], other, b[:33], act="silu")[0], merged)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_split_k(gated, kind):
+    """A few rows, long K: partial products and partial sums added up by a second kernel."""
+    plan = plans.gemm(3, 70, 2100, 4, 132, dual=gated)
     assert plan.splits > 1
-    x, w, b = make(3, 140 if glu else 70, 2100, torch.float32)
-    compare(x, w, b, act="silu" if glu else "gelu_tanh", glu=glu, gradients=False)
+    x, w, b, up, up_bias = pair(3, 70, 2100, torch.float32)
+    if gated:
+        compare(x, w, b, up, up_bias, kind=kind, act="silu", gradients=False)
+    else:
+        compare(x, w, b, kind=kind, act="gelu_tanh", gradients=False)
+
+
+def test_split_k_of_a_given_scale():
+    x, w, b = make(3, 70, 2100, torch.float32)
+    scale = torch.rand(3, 1) + 0.5
+    y = triton_ops.scaled_linear(x, w, scale, b, None, None, "relu", None)
+    truth = F.relu(F.linear(x.double(), w.double()) * scale.double() + b.double())
+    torch.testing.assert_close(y.double(), truth, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("regime, m", [("medium", 70), ("large", 520)])
 def test_more_rows(regime, m):
     assert plans.gemm(m, 96, 64, 4, 132).regime == regime
     x, w, b = make(m, 96, 64, torch.float32)
-    compare(x, w, b, gradients=False)
-    compare(x, w, b, center=True, gradients=False)
+    for kind in KINDS:
+        compare(x, w, b, kind=kind, gradients=False)
+
+
+def far_from_zero(m, k, dtype, mean):
+    x, w, b, up, up_bias = pair(m, 24, k, dtype, mean=mean)
+    if dtype != torch.float32 and mean > 30:
+        x[:, ::2] += 2 * torch.finfo(dtype).eps * mean * 8  # keep a deviation the dtype can hold
+    return x, w, b, up, up_bias
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mean", [3.0, 7.0, 30.0, 300.0])
 def test_cancellation_is_caught(dtype, mean):
     """Means far beyond the deviation: the tile is computed again, centered first."""
-    x, w, b = make(6, 24, 200, dtype, mean=mean)
-    if dtype != torch.float32 and mean > 30:
-        x[:, ::2] += 2 * torch.finfo(dtype).eps * mean * 8  # keep a deviation the dtype can hold
-    compare(x, w, b, center=True, gradients=False)
+    compare(*far_from_zero(6, 200, dtype, mean)[:3], kind="layer", gradients=False)
 
 
-def test_cancellation_without_the_guard_is_bad(monkeypatch):
+@pytest.mark.parametrize("dtype, mean", zip(DTYPES, [3.0, 300.0, 30.0], strict=True))
+def test_cancellation_is_caught_where_k_is_split(dtype, mean):
+    k = 2100
+    assert plans.gemm(2, 24, k, dtype.itemsize, 132).splits > 1
+    x, w, b, up, up_bias = far_from_zero(2, k, dtype, mean)
+    x[1] -= mean  # a row that needs nothing beside one that does
+    compare(x, w, b, kind="layer", gradients=False)
+    compare(x, w, b, up, up_bias, kind="layer", act="silu", gradients=False)
+
+
+@pytest.mark.parametrize("k", [200, 2100])
+def test_cancellation_without_the_guard_is_bad(monkeypatch, k):
     """The guard does something: switched off, the same case loses its digits."""
-    x, w, b = make(6, 24, 200, torch.float32, mean=300.0)
-    truth = reference(x.double(), w.double(), b.double(), True, "identity", False)
+    x, w, b = make(2, 24, k, torch.float32, mean=300.0)
+    truth = reference(x.double(), w.double(), b.double(), kind="layer")
 
-    def run():
-        return triton_ops.norm_linear(x, w, None, b, 1e-5, True, "identity", False, None)[0]
+    def error():
+        return (ours(x, w, b, kind="layer")[0].double() - truth).abs().max()
 
-    guarded = (run().double() - truth).abs().max()
-    monkeypatch.setitem(triton_ops._CENTER_LIMIT, torch.float32, 1e30)
-    unguarded = (run().double() - truth).abs().max()
-    assert unguarded > 20 * guarded
+    guarded = error()
+    monkeypatch.setitem(products.CENTER_LIMIT, torch.float32, 1e30)
+    assert error() > 20 * guarded
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bound_of_the_guard(dtype):
+@pytest.mark.parametrize("k", [256, 2100])
+def test_bound_of_the_guard(dtype, k):
     """Just under the bound the uncentered form is as good as eager."""
-    limit = triton_ops._CENTER_LIMIT[dtype]
-    x, w, b = make(8, 24, 256, torch.float32)
+    limit = products.CENTER_LIMIT[dtype]
+    x, w, b = make(8, 24, k, torch.float32)
     x = (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True) + 0.95 * limit**0.5
-    compare(x.to(dtype), w.to(dtype), b.to(dtype), center=True, gradients=False)
+    compare(x.to(dtype), w.to(dtype), b.to(dtype), kind="layer", gradients=False)
 
 
-@settings(max_examples=10, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
     m=st.integers(1, 20),
     n=st.integers(1, 70),
     k=st.integers(1, 200),
     dtype=st.sampled_from(DTYPES),
     out=st.sampled_from([None, torch.float32]),
+    gated=st.booleans(),
 )
-def test_scaled_linear(m, n, k, dtype, out):
-    x, w, b = make(m, n, k, dtype)
+def test_scaled_linear(m, n, k, dtype, out, gated):
+    x, w, b, up, up_bias = pair(m, n, k, dtype)
     scale = torch.rand(m, 1) + 0.5
     results = []
-    for kind in ("ours", "eager", "truth"):
+    for who in ("ours", "eager", "truth"):
         args = [
-            (t.double() if kind == "truth" else t.clone()).requires_grad_()
-            for t in (x, w, scale, b)
+            (t.double() if who == "truth" else t.clone()).requires_grad_()
+            for t in ((x, w, scale, b, up, up_bias) if gated else (x, w, scale, b))
         ]
-        if kind == "ours":
-            y = triton_ops.scaled_linear(*args, "identity", False, out)
+        if who == "ours":
+            y = triton_ops.scaled_linear(
+                *(args if gated else (*args, None, None)), "silu" if gated else "identity", out
+            )
         else:
-            y = ops.scaled_linear(*args, out_dtype=(out or dtype) if kind == "eager" else None)
+            kept = {"out_dtype": (out or dtype) if who == "eager" else None}
+            y = ops.scaled_linear(*args[:4], **kept)
+            if gated:
+                y = F.silu(y) * ops.scaled_linear(args[0], args[4], args[2], args[5], **kept)
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)
         results.append([y, *torch.autograd.grad(y, args, dy)])
-    for ours, eager, truth in zip(*results, strict=True):
+    for mine, eager, truth in zip(*results, strict=True):
         slack = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
-        check(ours.detach(), eager.detach(), truth.detach(), slack=slack)
+        check(mine.detach(), eager.detach(), truth.detach(), slack=slack)
 
 
 def test_three_dims_transposed_weight_and_odd_strides():
     x = torch.randn(3, 4, 60).transpose(0, 1)
     w = torch.randn(60, 33).t()
-    y, _ = triton_ops.norm_linear(x, w, None, None, 1e-6, False, "identity", False, None)
+    y, _ = ours(x, w, eps=1e-6)
     torch.testing.assert_close(y, F.linear(ops.rms_norm(x, [-1]), w), rtol=1e-4, atol=1e-4)
     scale = torch.rand(4, 3, 1)
-    y = triton_ops.scaled_linear(x[..., ::2], w[:, ::2], scale, None, "relu", False, None)
+    y = triton_ops.scaled_linear(x[..., ::2], w[:, ::2], scale, None, None, None, "relu", None)
     truth = F.relu(F.linear(x[..., ::2], w[:, ::2]) * scale)
     torch.testing.assert_close(y, truth, rtol=1e-4, atol=1e-4)
 
 
-def test_only_bad_rows_are_bad():
-    for m in (6, 70):
-        x, w, b = make(m, 40, 100, torch.float32)
-        x[1, 3], x[2, 5], x[4] = float("nan"), float("inf"), 0.0
-        for center in (False, True):
-            y, _ = triton_ops.norm_linear(x, w, None, b, 1e-5, center, "relu", False, None)
-            good = [i for i in range(m) if i not in (1, 2)]
-            truth = reference(x.double(), w.double(), b.double(), center, "relu", False)
-            torch.testing.assert_close(y[good].double(), truth[good], rtol=1e-4, atol=1e-5)
-            assert torch.isnan(y[1]).all() and torch.isnan(truth[1]).all()
-            assert torch.equal(torch.isfinite(y), torch.isfinite(truth))
+@pytest.mark.parametrize("m, k", [(6, 100), (70, 100), (6, 2100)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_bad_rows_are_bad(kind, m, k):
+    x, w, b = make(m, 40, k, torch.float32)
+    x[1, 3], x[2, 5], x[3, 7], x[4] = float("nan"), float("inf"), float("-inf"), 0.0
+    y, _ = ours(x, w, b, kind=kind, act="relu")
+    good = [i for i in range(m) if i not in (1, 2, 3)]
+    truth = reference(x.double(), w.double(), b.double(), kind=kind, act="relu")
+    torch.testing.assert_close(y[good].double(), truth[good], rtol=1e-4, atol=1e-5)
+    assert torch.isnan(y[1]).all() and torch.isnan(truth[1]).all()
+    assert torch.equal(torch.isfinite(y), torch.isfinite(truth))
+
+
+def test_given_column_sums_are_used():
+    x, w, b = make(4, 20, 50, torch.float32, mean=0.5)
+    args = (None, None, None, 1e-5, "layer", "identity", None)
+    y = triton_ops.norm_linear(x, w, b, w.sum(1), *args)[0]
+    assert torch.equal(y, ours(x, w, b, kind="layer")[0])
+    assert not torch.allclose(y, triton_ops.norm_linear(x, w, b, w.sum(1) + 1, *args)[0])
 
 
 def test_empty():
-    w = torch.randn(7, 5)
-    y, _ = triton_ops.norm_linear(
-        torch.randn(0, 5), w, None, None, 1e-6, False, "gelu", False, None
-    )
+    y, _ = ours(torch.randn(0, 5), torch.randn(7, 5), act="gelu")
     assert y.shape == (0, 7)
 
 
 def test_refuses():
     x, w, b = make(2, 6, 8, torch.float32)
     with pytest.raises(ValueError, match="weight is"):
-        triton_ops.norm_linear(x, w.half(), None, b, 1e-6, False, "gelu", False, None)
+        ours(x, w.half(), b)
     with pytest.raises(ValueError, match="tanh"):
-        triton_ops.norm_linear(x, w, None, b, 1e-6, False, "tanh", False, None)
-    with pytest.raises(ValueError, match="even"):
-        triton_ops.norm_linear(x, w[:5], None, None, 1e-6, False, "silu", True, None)
+        ours(x, w, b, act="tanh")
+    with pytest.raises(ValueError, match="no statistic is called"):
+        ours(x, w, b, kind="batch")
+    with pytest.raises(ValueError, match="the pair's weights"):
+        ours(x, w, None, w[:5])
+    with pytest.raises(ValueError, match="both layers"):
+        ours(x, w, b, w)
+    with pytest.raises(ValueError, match="column sums"):
+        triton_ops.norm_linear(
+            x, w, b, w.sum(1).half(), None, None, None, 1e-5, "layer", "identity", None
+        )
     with pytest.raises(ValueError, match="one floating-point number per row"):
-        triton_ops.scaled_linear(x, w, torch.ones(1, 2), b, "identity", False, None)
+        triton_ops.scaled_linear(x, w, torch.ones(1, 2), b, None, None, "identity", None)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from interpreter import DTYPES, check, triton_ops
+from interpreter import DTYPES, KINDS, check, formula, triton_ops
 from normfuse.passes import ops
+from normfuse.runtime import devices
 from normfuse.runtime.kernels import plans
 
 NATIVE = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -33,17 +34,16 @@ def make(shape, dtype, scale=1.0, mean=0.0, affine=True, seed=0):
     return x, gain, torch.randn(shape[-1], generator=g).to(dtype)
 
 
-def compare(x, gain, bias, center, norm_dtype, out_dtype, eps=1e-5, residual=None, seed=1):
+def compare(x, gain, bias, kind, norm_dtype, out_dtype, eps=1e-5, residual=None, seed=1):
     """Values and gradients of our op, of the formula in the working dtype, and in float64."""
-    formula = ops.layer_norm if center else ops.rms_norm
     g = torch.Generator().manual_seed(seed)
     out = out_dtype or torch.promote_types(norm_dtype or torch.float32, x.dtype)
     dy = torch.randn(x.shape, generator=g).to(out)
     dstream = torch.randn(x.shape, generator=g).to(x.dtype)
     results = []
-    for kind in ("ours", "eager", "truth"):
-        a, w, b, r = (double if kind == "truth" else leaves)(x, gain, bias, residual)
-        wide = kind == "truth"
+    for who in ("ours", "eager", "truth"):
+        a, w, b, r = (double if who == "truth" else leaves)(x, gain, bias, residual)
+        wide = who == "truth"
         if r is not None:
             stream = a + r
             if wide:
@@ -51,17 +51,17 @@ def compare(x, gain, bias, center, norm_dtype, out_dtype, eps=1e-5, residual=Non
                 stream = (x + residual).double() + (stream - stream.detach())
         else:
             stream = a
-        if kind == "ours":
+        if who == "ours":
             if r is None:
-                y, _ = triton_ops.norm(a, w, b, eps, center, norm_dtype, out_dtype)
+                y, _ = triton_ops.norm(a, w, b, eps, kind, norm_dtype, out_dtype)
             else:
-                y, stream, _ = triton_ops.add_norm(a, r, w, b, eps, center, norm_dtype, out_dtype)
+                y, stream, _ = triton_ops.add_norm(a, r, w, b, eps, kind, norm_dtype, out_dtype)
         elif wide:
-            y = formula(stream, [-1], w, b, eps)
+            y = formula(kind, stream, w, b, eps)
         else:
             y = formula(
+                kind,
                 stream,
-                [-1],
                 w,
                 b,
                 eps,
@@ -87,48 +87,48 @@ def compare(x, gain, bias, center, norm_dtype, out_dtype, eps=1e-5, residual=Non
     rows=st.integers(1, 6),
     cols=st.integers(4, 300),  # gradients of one to three elements are all cancellation
     dtype=st.sampled_from(DTYPES),
-    center=st.booleans(),
+    kind=st.sampled_from(KINDS),
     affine=st.booleans(),
     scale=st.sampled_from([1e-6, 1e-2, 1.0, 1e2, 1e4]),
     mean=st.sampled_from([0.0, 1.0, 30.0]),
     order=st.sampled_from(["late", "early", "wide"]),
 )
-def test_any_shape_scale_and_cast_order(rows, cols, dtype, center, affine, scale, mean, order):
+def test_any_shape_scale_and_cast_order(rows, cols, dtype, kind, affine, scale, mean, order):
     if dtype == torch.float16:
         scale, mean = min(scale, 1e2), min(mean, 1.0)
     x, gain, bias = make((rows, cols), dtype, scale, mean, affine)
     norm_dtype = {"late": torch.float32, "early": dtype, "wide": None}[order]
     out_dtype = torch.float32 if order == "wide" else dtype
-    compare(x, gain, bias, center, norm_dtype, out_dtype)
+    compare(x, gain, bias, kind, norm_dtype, out_dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NATIVE.get)
-@pytest.mark.parametrize("center", [False, True], ids=["rms", "layer"])
-def test_residual_add(dtype, center):
+@pytest.mark.parametrize("kind", KINDS)
+def test_residual_add(dtype, kind):
     x, gain, bias = make((2, 3, 50), dtype)
     residual = make((2, 3, 50), dtype, seed=7)[0]
-    compare(x, gain, bias, center, dtype, dtype, residual=residual)
+    compare(x, gain, bias, kind, dtype, dtype, residual=residual)
 
 
 def test_residual_of_another_dtype():
     x, gain, _ = make((3, 40), torch.bfloat16)
     residual = make((3, 40), torch.float32, seed=7)[0]
-    compare(x, gain, None, False, torch.float32, torch.bfloat16, residual=residual)
+    compare(x, gain, None, "rms", torch.float32, torch.bfloat16, residual=residual)
 
 
-@pytest.mark.parametrize("center", [False, True], ids=["rms", "layer"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cols", [1, 255, 16384, 16385, 20001])
-def test_long_rows(center, cols):
+def test_long_rows(kind, cols):
     """Beyond a tile the row is looped over; both sides of each boundary."""
     x, gain, bias = make((2, cols), torch.bfloat16, mean=3.0)
-    compare(x, gain, bias, center, torch.float32, torch.bfloat16)
+    compare(x, gain, bias, kind, torch.float32, torch.bfloat16)
 
 
-@pytest.mark.parametrize("center", [False, True], ids=["rms", "layer"])
-def test_long_rows_with_residual_in_float32(center):
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_rows_with_residual_in_float32(kind):
     x, gain, bias = make((2, 16390), torch.float32, mean=100.0)
     residual = make((2, 16390), torch.float32, seed=7)[0]
-    compare(x, gain, bias, center, None, torch.float32, residual=residual)
+    compare(x, gain, bias, kind, None, torch.float32, residual=residual)
 
 
 @pytest.mark.parametrize("cols", [9000, 12289, 40001])
@@ -136,50 +136,49 @@ def test_split_rows(cols):
     plan = plans.norm_forward(1, cols, 132)
     assert plan.regime == "split" and plan.splits > 1
     x, gain, bias = make((1, cols), torch.float32, mean=5.0)
-    compare(x, gain, bias, True, None, torch.float32)
+    compare(x, gain, bias, "layer", None, torch.float32)
 
 
 def test_many_rows_share_programs(monkeypatch):
     """More rows than programs: each backward program loops and sums its own share."""
-    monkeypatch.setattr(triton_ops.devices, "processors", lambda device: 1)
+    monkeypatch.setattr(devices, "processors", lambda device: 1)
     for cols in (33, 200):
         x, gain, bias = make((67, cols), torch.float32)
-        compare(x, gain, bias, True, None, torch.float32)
+        compare(x, gain, bias, "layer", None, torch.float32)
 
 
 def test_large_mean_small_deviation():
     """Two passes over the row: no cancellation at mean/deviation = 1e4."""
     x, gain, bias = make((3, 200), torch.float32, mean=1e4)
-    compare(x, gain, bias, True, None, torch.float32)
+    compare(x, gain, bias, "layer", None, torch.float32)
     x, gain, bias = make((2, 17000), torch.float32, mean=1e4)
-    compare(x, gain, bias, True, None, torch.float32)
+    compare(x, gain, bias, "layer", None, torch.float32)
 
 
 def test_only_bad_rows_are_bad():
     x, gain, bias = make((6, 70), torch.float32)
     x[1, 3], x[2, 5], x[4] = float("nan"), float("inf"), 0.0
-    for center in (False, True):
-        y = triton_ops.norm(x, gain, bias, 1e-5, center, None, None)[0]
-        formula = ops.layer_norm if center else ops.rms_norm
-        truth = formula(x.double(), [-1], gain.double(), bias.double(), 1e-5).float()
+    for kind in KINDS:
+        y = triton_ops.norm(x, gain, bias, 1e-5, kind, None, None)[0]
+        truth = formula(kind, x.double(), gain.double(), bias.double()).float()
         torch.testing.assert_close(y, truth, equal_nan=True)
         assert torch.isfinite(y[[0, 3, 4, 5]]).all()
         assert not torch.isfinite(y[1]).any()
         h = x.clone().requires_grad_()
-        triton_ops.norm(h, gain, bias, 1e-5, center, None, None)[0][:].sum().backward()
+        triton_ops.norm(h, gain, bias, 1e-5, kind, None, None)[0][:].sum().backward()
         assert torch.isfinite(h.grad[[0, 3, 4, 5]]).all()
 
 
 def test_strides_and_empty():
     base = torch.randn(6, 3, 80)
     for x in (base.transpose(0, 1), base[:, :, ::2], base[::2], base.permute(2, 1, 0), base[0, 0]):
-        y = triton_ops.norm(x, None, None, 1e-6, False, None, None)[0]
+        y = triton_ops.norm(x, None, None, 1e-6, "rms", None, None)[0]
         torch.testing.assert_close(y, ops.rms_norm(x, [-1], eps=1e-6))
         assert y.is_contiguous() and y.shape == x.shape
     for shape in ((0, 8), (3, 0), (2, 0, 5)):
         x = torch.randn(shape, requires_grad=True)
         gain = torch.ones(shape[-1], requires_grad=True)
-        y, _ = triton_ops.norm(x, gain, None, 1e-6, True, None, None)
+        y, _ = triton_ops.norm(x, gain, None, 1e-6, "layer", None, None)
         assert y.shape == shape
         dx, dgain = torch.autograd.grad(y, (x, gain), torch.ones_like(y))
         assert dx.shape == shape and not dgain.any()
@@ -188,7 +187,7 @@ def test_strides_and_empty():
 def test_unused_outputs():
     """Only the stream is read: its gradient passes through untouched."""
     x, r = torch.randn(2, 8, requires_grad=True), torch.randn(2, 8, requires_grad=True)
-    _, stream, stats = triton_ops.add_norm(x, r, None, None, 1e-6, False, None, None)
+    _, stream, stats = triton_ops.add_norm(x, r, None, None, 1e-6, "rms", None, None)
     assert not stats.requires_grad
     dx, dr = torch.autograd.grad(stream, (x, r), torch.ones_like(stream))
     assert torch.equal(dx, torch.ones_like(x)) and torch.equal(dr, dx)
@@ -222,7 +221,7 @@ def test_same_result_twice():
     x, gain, bias = (t.requires_grad_() for t in make((40, 64), torch.float32))
     runs = []
     for _ in range(2):
-        y = triton_ops.norm(x, gain, bias, 1e-6, True, None, None)[0]
+        y = triton_ops.norm(x, gain, bias, 1e-6, "layer", None, None)[0]
         runs.append([y, *torch.autograd.grad(y.square().sum(), (x, gain, bias))])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -230,8 +229,8 @@ def test_same_result_twice():
 def test_refuses():
     x = torch.randn(2, 4)
     with pytest.raises(ValueError, match="float64"):
-        triton_ops.norm(x.double(), None, None, 1e-6, False, None, None)
+        triton_ops.norm(x.double(), None, None, 1e-6, "rms", None, None)
     with pytest.raises(ValueError, match="vectors"):
-        triton_ops.norm(x, torch.ones(2, 4), None, 1e-6, False, None, None)
+        triton_ops.norm(x, torch.ones(2, 4), None, 1e-6, "rms", None, None)
     with pytest.raises(ValueError, match="residual"):
-        triton_ops.add_norm(x, x[:1], None, None, 1e-6, False, None, None)
+        triton_ops.add_norm(x, x[:1], None, None, 1e-6, "rms", None, None)

@@ -6,14 +6,25 @@ import os
 import numpy as np
 import torch
 import triton.language as tl
+from normfuse.passes import ops
 from normfuse.runtime import triton_ops
+from normfuse.runtime.triton_ops import launch
 from triton.runtime import interpreter
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_interpreted.py"
 
-__all__ = ["DTYPES", "check", "error", "triton_ops"]
+__all__ = ["DTYPES", "KINDS", "check", "error", "formula", "triton_ops"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KINDS = tuple(triton_ops.KINDS)
+
+
+def formula(kind, x, gain=None, bias=None, eps=1e-5, **casts):
+    """The vocabulary's formula of a kind of norm."""
+    if kind == "crms":
+        return ops.crms_norm(x, gain, bias, eps, **casts)
+    return (ops.layer_norm if kind == "layer" else ops.rms_norm)(x, [-1], gain, bias, eps, **casts)
+
 
 # The interpreter of triton 3.7 keeps bfloat16 as bits (uint16). It truncates where hardware rounds to
 # nearest even, and multiplies the bits as integers in dot. Both are set right here.
@@ -71,3 +82,11 @@ def check(ours, eager, truth, *, slack=None, factor=1.5):
     slack = 4 * torch.finfo(torch.float32).eps if slack is None else slack
     assert ours.dtype == eager.dtype, (ours.dtype, eager.dtype)
     assert mine <= factor * theirs + slack, f"error {mine:.3g}, eager {theirs:.3g}"
+
+
+def _no_fallback(name, failure):
+    raise AssertionError(f"{name} fell back to plain PyTorch: {failure}") from failure
+
+
+# a kernel that fails must not pass these tests by its formula
+launch._warn_once = _no_fallback

@@ -39,7 +39,7 @@ def test_product_plans(m, itemsize):
         assert (p.regime == "decode") == (m <= 64)
         if m > 64:
             assert p.splits == 1
-    assert plans.gemm(m, 64, 65536, itemsize, 132, split_allowed=False).splits == 1
+    assert (plans.gemm(m, 64, 65536, itemsize, 132).splits > 1) == (m <= 64)
 
 
 def test_table():
@@ -52,10 +52,29 @@ def test_table():
 
 @pytest.mark.parametrize("device", devices.TABLE, ids=lambda d: d.name)
 def test_model_takes_small_and_declines_large(device):
-    for m in (1, 8, 64):
-        assert devices.norm_linear(device, m, 4096, 4096, 2).use
+    wide, gated = devices.Layer(16384), devices.Layer(16384, dual=True, epilogue=True)
+    for m in (8, 64):
+        assert devices.norm_linear(device, m, 4096, 2, [wide], deferred=True).use
     for m in (8192, 65536):
-        decision = devices.norm_linear(device, m, 4096, 4096, 2)
-        assert not decision.use and "not predicted faster" in decision.reason
+        for layers in ([wide], [gated]):
+            decision = devices.norm_linear(device, m, 4096, 2, layers)
+            assert not decision.use and "not predicted faster" in decision.reason
     assert devices.gated(device, 16384, 4096, 16, 2).use
-    assert devices.norm_linear(device, 8, 4096, 4096, 2).kernel_seconds > 0
+    assert devices.norm_linear(device, 8, 4096, 2, [wide]).kernel_seconds > 0
+
+
+def test_a_second_kernel_counts():
+    """Split K costs one more launch, which a product without anything behind it does not earn."""
+    h100 = devices.by_name("NVIDIA H100")
+    narrow = devices.Layer(4096)
+    assert plans.gemm(8, 4096, 4096, 2, h100.processors).splits > 1
+    assert not devices.norm_linear(h100, 8, 4096, 2, [narrow]).use
+
+
+def test_one_norm_is_counted_once_for_all_its_layers():
+    h100 = devices.by_name("NVIDIA H100")
+    one, three = (
+        devices.norm_linear(h100, 64, 4096, 2, [devices.Layer(16384)] * n) for n in (1, 3)
+    )
+    assert three.kernel_seconds == pytest.approx(3 * one.kernel_seconds)
+    assert three.inductor_seconds < 3 * one.inductor_seconds

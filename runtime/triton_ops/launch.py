@@ -1,0 +1,166 @@
+"""What every family of kernel ops shares: registering, launching, falling back, checking arguments.
+
+A kernel that cannot be compiled or launched (too little shared memory, a device or triton version it
+does not work on) must not stop a model: the op then computes its formula in plain torch, with one
+warning, and that configuration is not tried again in this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import typing
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.library import triton_op, wrap_triton
+from triton.runtime.jit import JITFunction
+
+NAMESPACE = "normfuse_kernels"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Statistics of a row, as the kernels number them (0: the scale is given).
+KINDS = {"rms": 1, "layer": 2, "crms": 3}
+ROUNDING = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_failed: dict[tuple, str] = {}
+_warned: set[str] = set()
+
+
+class KernelFailed(RuntimeError):
+    """A kernel could not be compiled or launched."""
+
+
+def op(fallback: Callable) -> Callable[[Callable], Any]:
+    """Register a function as an op of its own name, its schema read from its annotations.
+
+    Args:
+        fallback: plain torch with the same arguments and results, for where the kernel fails.
+    """
+
+    def register(fn: Callable) -> Any:
+        fn.__annotations__ = typing.get_type_hints(fn)
+
+        @functools.wraps(fn)
+        def body(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return fn(*args, **kwargs)
+            except KernelFailed as failure:
+                _warn_once(fn.__name__, failure)
+                return fallback(*args, **kwargs)
+
+        return triton_op(f"{NAMESPACE}::{fn.__name__}", body, mutates_args={})
+
+    return register
+
+
+def _warn_once(name: str, failure: KernelFailed) -> None:
+    if name in _warned:
+        return
+    _warned.add(name)
+    warnings.warn(
+        f"normfuse's kernel op {name} runs as plain PyTorch instead: {failure}", stacklevel=4
+    )
+
+
+def failures() -> list[str]:
+    """What could not be compiled or launched in this process, for ``normfuse doctor``."""
+    return sorted(_failed.values())
+
+
+def launch(kernel: Any, grid: tuple, on: Tensor, **arguments: Any) -> None:
+    """Launch on ``on``'s device; as a graph node while tracing, directly under the interpreter.
+
+    Raises:
+        KernelFailed: it could not be compiled or launched.
+    """
+    compiled = isinstance(kernel, JITFunction)
+    if not compiled and isinstance(on, torch._subclasses.FakeTensor):
+        return  # the interpreter has nothing to compute on, and nobody asks for its graph node
+    wrapped = wrap_triton(kernel) if compiled else kernel
+    if type(on) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
+        wrapped[grid](**arguments)
+        return
+    # what is compiled depends on dtypes and on compile-time arguments; those are in capitals
+    options = [(k, v) for k, v in arguments.items() if (k.isupper() and len(k) > 1) or "num_" in k]
+    key = (kernel.__name__, on.device, on.dtype, *options)
+    if key in _failed:
+        raise KernelFailed(_failed[key])
+    try:
+        with _device_of(on):
+            wrapped[grid](**arguments)
+    except (torch.OutOfMemoryError, KernelFailed):
+        raise
+    except Exception as error:
+        text = f"{kernel.__name__} on {on.device}: {type(error).__name__}: {error}"
+        _failed[key] = text.splitlines()[0]
+        raise KernelFailed(_failed[key]) from error
+
+
+def _device_of(x: Tensor) -> Any:
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """``[rows, d]`` with unit stride in d; a copy only where strides do not allow it."""
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+def empty(x: Tensor) -> bool:
+    return guard_or_false(x.numel() == 0)
+
+
+def none_like(x: Tensor) -> Tensor:
+    """Stands for an output that was not asked for."""
+    return x.new_empty((0,))
+
+
+def contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def check(x: Tensor, *vectors: Tensor | None) -> None:
+    """Raises ``ValueError`` for dtypes and shapes no kernel takes."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f"kernels take float16, bfloat16 and float32, not {x.dtype}")
+    for v in vectors:
+        if v is None:
+            continue
+        if v.dim() != 1 or v.dtype not in DTYPES:
+            raise ValueError(
+                f"gain and bias must be floating-point vectors, got {v.dtype} {v.shape}"
+            )
+
+
+def check_kind(kind: str) -> int:
+    if kind not in KINDS:
+        raise ValueError(f"no statistic is called {kind!r}; known: {', '.join(KINDS)}")
+    return KINDS[kind]
+
+
+def cast_order(
+    gain: Tensor | None,
+    bias: Tensor | None,
+    norm_dtype: torch.dtype | None,
+    out_dtype: torch.dtype | None,
+) -> tuple[dict[str, Any], torch.dtype]:
+    """Rounding codes of the kernels and the result's dtype, by torch's type promotion."""
+    at_norm = norm_dtype or torch.float32
+    at_gain = at_norm if gain is None else torch.promote_types(at_norm, gain.dtype)
+    at_bias = at_gain if bias is None else torch.promote_types(at_gain, bias.dtype)
+    codes = {
+        "NORM_DT": ROUNDING[at_norm],
+        "GAIN_DT": ROUNDING[at_gain],
+        "BIAS_DT": ROUNDING[at_bias],
+    }
+    return codes, out_dtype or at_bias
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of this dtype are computed: as PyTorch's own setting says."""
+    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"

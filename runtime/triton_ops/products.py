@@ -1,0 +1,352 @@
+"""Norm and linear in one product, products scaled per row, and their gated pairs, with gradients."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import devices
+from ..autotune_cache import tuned
+from ..kernels import linear as kernels
+from ..kernels import plans
+from . import launch as run
+from .launch import launch, rows_of
+from .norms import gradient, normalize, statistics
+
+#: Activations, in the kernels' numbering, with their formulas.
+ACTIVATIONS = {
+    "identity": lambda z: z,
+    "relu": torch.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "sigmoid": torch.sigmoid,
+}
+_CODES = {name: i for i, name in enumerate(ACTIVATIONS)}
+
+#: Bound on mean²/variance beyond which a LayerNorm tile is computed again, centered first.
+CENTER_LIMIT = {torch.float32: 1.0, torch.bfloat16: 64.0, torch.float16: 16.0}
+
+
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    colsum: Tensor | None,
+    up: Tensor | None,
+    up_bias: Tensor | None,
+    up_colsum: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    code: int,
+    act: str,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """``(act(z)·z_up, stats)``; ``code``: 0 scale given, else of :data:`~.launch.KINDS`."""
+    run.check(x, bias, up_bias)
+    if act not in ACTIVATIONS:
+        raise ValueError(f"no activation is called {act!r}; known: {', '.join(ACTIVATIONS)}")
+    for w in (weight, up):
+        if w is not None and w.dtype != x.dtype:
+            raise ValueError(f"input is {x.dtype} but weight is {w.dtype}")
+    n, k = weight.shape[0], x.shape[-1]
+    dual = up is not None
+    if up is not None:
+        if up.shape != weight.shape:
+            raise ValueError(f"the pair's weights have shapes {weight.shape} and {up.shape}")
+        if (bias is None) != (up_bias is None):
+            raise ValueError("both layers of a pair have a bias or none has")
+        if up.stride() != weight.stride():
+            weight, up = weight.contiguous(), up.contiguous()
+    if weight.stride(1) != 1 and weight.numel() >= 1 << 31:
+        # the kernels step along K in 32 bits
+        weight, up = weight.contiguous(), run.contiguous(up)
+    m = math.prod(x.shape[:-1])
+    out = x.new_empty((*x.shape[:-1], n), dtype=out_dtype or x.dtype)
+    stats = x.new_empty((min(code, 2), m), dtype=torch.float32)
+    if run.empty(out):
+        return out, stats
+    if code != run.KINDS["layer"]:
+        colsum = up_colsum = None
+    else:
+        colsum = _column_sums(weight, colsum)
+        up_colsum = None if up is None else _column_sums(up, up_colsum)
+    x2 = rows_of(x)
+    scale = None if scale is None else scale.reshape(-1).contiguous()
+    sizes = (m, n, k, x.element_size(), devices.processors(x.device))
+    plan = tuned("gemm", plans.gemm, x, *sizes, dual=dual)
+    tiles = plans.cdiv(m, plan.block_m) * plans.cdiv(n, plan.block_n)
+    operands = {
+        "x": x2,
+        "w": weight,
+        "w2": up,
+        "M": m,
+        "N": n,
+        "K": k,
+        "x_stride": x2.stride(0),
+        "w_stride": weight.stride(0),
+        "w_stride_k": weight.stride(1),
+        "STATS": code,
+        "DUAL": dual,
+    }
+    tiling = {
+        "EVEN_K": plans.divides(plan.block_k, k),
+        "PRECISION": run.precision(x.dtype),
+        "BLOCK_M": plan.block_m,
+        "BLOCK_N": plan.block_n,
+        "BLOCK_K": plan.block_k,
+        "num_warps": plan.num_warps,
+        "num_stages": plan.num_stages,
+    }
+    ending = {
+        "bias": run.contiguous(bias),
+        "bias2": run.contiguous(up_bias),
+        "colsum": colsum,
+        "colsum2": up_colsum,
+        "scale": scale,
+        "out": out,
+        "stats": stats if code else None,
+        "EPS": eps,
+        "LIMIT": CENTER_LIMIT[x.dtype],
+        "HAS_BIAS": bias is not None,
+        "ACT": _CODES[act],
+    }
+    if plan.splits == 1:
+        launch(
+            kernels.norm_linear_kernel,
+            (tiles,),
+            x,
+            GROUP=plan.group,
+            **operands,
+            **tiling,
+            **ending,
+        )
+        return out, stats
+    span = plans.cdiv(plans.cdiv(k, plan.splits), plan.block_k) * plan.block_k
+    splits = plans.cdiv(k, span)
+    partial = x.new_empty((splits, 2 if dual else 1, m, n), dtype=torch.float32)
+    sums = x.new_empty((splits, 2, m), dtype=torch.float32) if code else None
+    launch(
+        kernels.norm_linear_split,
+        (tiles, splits),
+        x,
+        partial=partial,
+        sums=sums,
+        span=span,
+        **operands,
+        **tiling,
+    )
+    block_n = min(plans.next_power_of_2(n), 256) if type(n) is int else 256
+    launch(
+        kernels.norm_linear_finish,
+        (m, plans.cdiv(n, block_n)),
+        x,
+        partial=partial,
+        sums=sums,
+        SPLITS=splits,
+        BLOCK_N=block_n,
+        BLOCK_K=32,
+        num_warps=4,
+        **operands,
+        **ending,
+    )
+    return out, stats
+
+
+def _column_sums(weight: Tensor, given: Tensor | None) -> Tensor:
+    if given is None:
+        return weight.sum(1, dtype=torch.float32)
+    if given.dtype != torch.float32:
+        raise ValueError("column sums must be float32")
+    return given.contiguous()
+
+
+def _plain_norm_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    colsum: Tensor | None,
+    up: Tensor | None,
+    up_bias: Tensor | None,
+    up_colsum: Tensor | None,
+    eps: float,
+    kind: str,
+    act: str,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    h = normalize(x, None, None, eps, kind, torch.float32, x.dtype)
+    y = ACTIVATIONS[act](F.linear(h, weight, bias))
+    if up is not None:
+        y = y * F.linear(h, up, up_bias)
+    return y.to(out_dtype or x.dtype).contiguous(), statistics(x, eps, kind)
+
+
+@run.op(_plain_norm_linear)
+def norm_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    colsum: Tensor | None,
+    up: Tensor | None,
+    up_bias: Tensor | None,
+    up_colsum: Tensor | None,
+    eps: float,
+    kind: str,
+    act: str,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """``(act(norm(x) weightᵀ + bias), stats)`` as one product.
+
+    With ``up`` (same shape as ``weight``) a gated pair: ``act(norm(x) weightᵀ + bias)·(norm(x) upᵀ +
+    up_bias)``. ``colsum`` and ``up_colsum`` are the weights' sums over K in float32, which LayerNorm
+    needs; they are computed here where they are not given.
+    """
+    code = run.check_kind(kind)
+    pair = (up, up_bias, up_colsum)
+    return _product(x, weight, bias, colsum, *pair, None, eps, code, act, out_dtype)
+
+
+def _plain_scaled_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    up: Tensor | None,
+    up_bias: Tensor | None,
+    act: str,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    def layer(w: Tensor, b: Tensor | None) -> Tensor:
+        z = F.linear(x, w).float() * scale.float()
+        return z if b is None else z + b.float()
+
+    y = ACTIVATIONS[act](layer(weight, bias))
+    if up is not None:
+        y = y * layer(up, up_bias)
+    return y.to(out_dtype or x.dtype).contiguous()
+
+
+@run.op(_plain_scaled_linear)
+def scaled_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    up: Tensor | None,
+    up_bias: Tensor | None,
+    act: str,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """``act((x weightᵀ)·scale + bias)``, a gated pair with ``up``; ``scale``: one number per row."""
+    if scale.dtype not in run.DTYPES or scale.dim() != x.dim() or scale.shape[:-1] != x.shape[:-1]:
+        raise ValueError("scale must hold one floating-point number per row of the input")
+    pair = (up, up_bias, None)
+    return _product(x, weight, bias, None, *pair, scale, 0.0, 0, act, out_dtype)[0]
+
+
+# --- gradients -------------------------------------------------------------------------------------
+
+
+def _through_activation(z: Tensor, dy: Tensor, act: str) -> Tensor:
+    aten = torch.ops.aten
+    if act == "relu":
+        return torch.where(z < 0, 0.0, dy)
+    if act == "silu":
+        return aten.silu_backward(dy, z)
+    if act == "gelu":
+        return aten.gelu_backward(dy, z)
+    if act == "gelu_tanh":
+        return aten.gelu_backward(dy, z, approximate="tanh")
+    if act == "sigmoid":
+        return aten.sigmoid_backward(dy, torch.sigmoid(z))
+    return dy
+
+
+def _save_norm_linear(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, weight, bias, _, up, up_bias, _, _, ctx.kind, ctx.act, _ = inputs
+    ctx.save_for_backward(x, weight, bias, up, up_bias, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_norm_linear(ctx: Any, dy: Tensor, _: Any) -> tuple:
+    x, weight, bias, up, up_bias, stats = ctx.saved_tensors
+    x2 = x.reshape(-1, x.shape[-1])
+    h = x2.float()
+    if ctx.kind == "layer":
+        h = h - stats[1, :, None]
+    h = (h * stats[0, :, None]).to(x.dtype)
+
+    def product(w: Tensor, b: Tensor | None) -> Tensor:
+        z = (h @ w.t()).float()
+        return z if b is None else z + b.float()
+
+    dz, dz_up = _pair_gradients(product, dy, weight, bias, up, up_bias, ctx.act)
+    low = dz.to(x.dtype)
+    dh = (low @ weight).float()
+    dweight, dbias = low.t() @ h, None if bias is None else dz.sum(0).to(bias.dtype)
+    dup = dup_bias = None
+    if dz_up is not None:
+        low = dz_up.to(x.dtype)
+        dh, dup = dh + (low @ up).float(), low.t() @ h
+        dup_bias = None if up_bias is None else dz_up.sum(0).to(up_bias.dtype)
+    dx = gradient(x2, dh, stats, ctx.kind)[0].to(x.dtype).reshape(x.shape)
+    return dx, dweight, dbias, None, dup, dup_bias, None, None, None, None, None
+
+
+def _pair_gradients(
+    product: Any,
+    dy: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    up: Tensor | None,
+    up_bias: Tensor | None,
+    act: str,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the two pre-activations, float32; products are computed again where needed."""
+    dy = dy.reshape(-1, dy.shape[-1]).float()
+    if up is None and act == "identity":
+        return dy, None
+    z = product(weight, bias)
+    if up is None:
+        return _through_activation(z, dy, act), None
+    z_up = product(up, up_bias)
+    return _through_activation(z, dy * z_up, act), dy * ACTIVATIONS[act](z)
+
+
+def _save_scaled(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, weight, scale, bias, up, up_bias, ctx.act, _ = inputs
+    ctx.save_for_backward(x, weight, scale, bias, up, up_bias)
+
+
+def _backward_scaled(ctx: Any, dy: Tensor) -> tuple:
+    x, weight, scale, bias, up, up_bias = ctx.saved_tensors
+    x2, s = x.reshape(-1, x.shape[-1]), scale.reshape(-1, 1).float()
+
+    def product(w: Tensor, b: Tensor | None) -> Tensor:
+        z = (x2 @ w.t()).float() * s
+        return z if b is None else z + b.float()
+
+    pre = _pair_gradients(product, dy, weight, bias, up, up_bias, ctx.act)
+    dx: Any = 0
+    dscale: Any = 0
+    grads: list[tuple[Tensor | None, Tensor | None]] = []
+    for dz, w, b in zip(pre, (weight, up), (bias, up_bias), strict=True):
+        if dz is None:
+            grads.append((None, None))
+            continue
+        du = (dz * s).to(x.dtype)
+        dx = dx + (du @ w).float()
+        dscale = dscale + (dz * (x2 @ w.t()).float()).sum(-1)
+        grads.append((du.t() @ x2, None if b is None else dz.sum(0).to(b.dtype)))
+    (dweight, dbias), (dup, dup_bias) = grads
+    dx = dx.to(x.dtype).reshape(x.shape)
+    dscale = dscale.to(scale.dtype).reshape(scale.shape)
+    return dx, dweight, dscale, dbias, dup, dup_bias, None, None
+
+
+norm_linear.register_autograd(_backward_norm_linear, setup_context=_save_norm_linear)
+scaled_linear.register_autograd(_backward_scaled, setup_context=_save_scaled)
