@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import operator
-import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,10 +21,14 @@ from torch.utils import _pytree as pytree
 
 from . import ir
 from .autocast import Autocast, ambient, disabled, make_explicit
-from .errors import CaptureError, Unsupported
+from .einsum import einsum_to_linear
+from .errors import CaptureError
 from .functionalize import functionalize
 from .inline import inline_regions
+from .opaque import opaque_sites
+from .paths import clean_path, user_frame
 from .report import Site
+from .subgraphs import Region, Retrace, read_marks, recorded_checkpoints
 
 aten = torch.ops.aten
 
@@ -93,12 +95,15 @@ def finish(
         gm.meta["autocast"] = autocast
         make_explicit(gm, autocast)
         functionalize(gm)
+        einsum_to_linear(gm)
         sites: list[Site] = []
         if canonical:
             from .canonical import canonicalize
 
             sites = canonicalize(gm)
             gm.meta["near_misses"] = sites
+        inside, gm.meta["notes"] = opaque_sites(gm)
+        sites += inside
         ir.check(gm)
         gm.recompile()
     return sites
@@ -178,10 +183,12 @@ def export(
     for use_dynamic, strict in attempts:
         shapes = _auto_dims(args, kwargs) if use_dynamic else None
         try:
-            with _quiet():
-                return torch.export.export(
+            with _quiet(), recorded_checkpoints() as regions:
+                program = torch.export.export(
                     model, args, kwargs, dynamic_shapes=shapes, strict=strict
                 )
+            program.graph_module.meta["regions"] = regions
+            return program
         except Exception as error:
             if isinstance(error, (TypeError, ValueError)) and not errors:
                 _raise_if_call_fails(model, args, kwargs)
@@ -281,6 +288,7 @@ def from_exported(program: torch.export.ExportedProgram) -> fx.GraphModule:
     gm.train(module.training)
     gm.meta["range_constraints"] = {str(k): str(v) for k, v in program.range_constraints.items()}
     _drop_dead_lifts(gm)
+    read_marks(gm, program.graph_module.meta.get("regions", {}))
     return gm
 
 
@@ -357,15 +365,6 @@ def _drop_dead_lifts(gm: fx.GraphModule) -> None:
 # Existing fx graphs (Dynamo's among them)
 
 
-class _Retrace(fx.Interpreter):
-    """Runs a graph under ``make_fx`` so that provenance of each source node is kept."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op == "call_function" and isinstance(n.target, torch._ops.HigherOrderOperator):
-            raise Unsupported(f"the graph holds the higher-order op {n.target}")
-        return super().run_node(n)
-
-
 def capture_fx(gm: fx.GraphModule, fakes: Sequence[Any], *, fake_mode: Any) -> fx.GraphModule:
     """Retrace an fx graph to pre-dispatch ATen, keeping module paths and stack traces.
 
@@ -375,15 +374,17 @@ def capture_fx(gm: fx.GraphModule, fakes: Sequence[Any], *, fake_mode: Any) -> f
         fake_mode: the mode of the fake tensors; its symbolic sizes are kept.
 
     The placeholders of the result correspond one to one to those of ``gm``. ``kind`` and ``fqn`` of
-    each are set by the caller (:func:`mark_dynamo_leaves`).
+    each are set by the caller (:func:`mark_dynamo_leaves`). Checkpointed regions are laid out, their
+    nodes tagged (see ``subgraphs.py``).
 
     Raises:
-        Unsupported: the graph holds something that cannot be retraced (a higher-order op).
+        Unsupported: the graph holds something that cannot be retraced.
     """
+    regions: dict[int, Region] = {}
 
     def run(*inputs: Any) -> Any:
         with fx.traceback.preserve_node_meta():
-            return _Retrace(gm).run(*inputs)
+            return Retrace(gm, regions, fake_mode).run(*inputs)
 
     with fake_mode:
         traced = make_fx(run, pre_dispatch=True)(*fakes)
@@ -397,6 +398,7 @@ def capture_fx(gm: fx.GraphModule, fakes: Sequence[Any], *, fake_mode: Any) -> f
         if ir.is_call(node, aten._assert_tensor_metadata.default):
             traced.graph.erase_node(node)
     _drop_dead_lifts(traced)
+    traced.meta["regions"] = regions
     return traced
 
 
@@ -413,19 +415,6 @@ def _mark_constants(gm: fx.GraphModule, mode: Any) -> None:
                 node.meta["val"] = mode.from_tensor(value, static_shapes=True)
 
 
-_INDEX = re.compile(r"""\[(?:'([^']*)'|"([^"]*)"|(\d+))\]""")
-_CONTAINERS = frozenset({"_modules", "_parameters", "_buffers"})
-
-
-def clean_path(path: str) -> str:
-    """``L['self'].transformer.h[0]._modules['ln_1']`` → ``transformer.h.0.ln_1``."""
-    dotted = _INDEX.sub(lambda m: "." + next(g for g in m.groups() if g is not None), path)
-    parts = [p for p in dotted.split(".") if p]
-    if parts and parts[0] in ("L", "G"):
-        parts = parts[2:]
-    return ".".join(p for p in parts if p not in _CONTAINERS)
-
-
 def _rename_provenance(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         if node.op != "call_function":
@@ -436,35 +425,6 @@ def _rename_provenance(gm: fx.GraphModule) -> None:
         trace = node.meta.get("stack_trace")
         if trace:
             node.meta["where"] = user_frame(trace)
-
-
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
-_TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
-_OWN_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-_OWN_ROOMS = tuple(_OWN_DIR + room + os.sep for room in ("passes", "runtime", "optim"))
-
-
-def user_frame(trace: str) -> str:
-    """``file:line`` of the innermost frame that is neither torch's nor ours.
-
-    Files below the current directory are given relative to it; library files by their package path.
-    """
-    frames = _FRAME.findall(trace)
-    for file, line, _ in reversed(frames):
-        if not file.startswith((_TORCH_DIR, *_OWN_ROOMS, "<")):
-            return f"{_short_file(file)}:{line}"
-    return f"{_short_file(frames[-1][0])}:{frames[-1][1]}" if frames else ""
-
-
-def _short_file(file: str) -> str:
-    for marker in ("site-packages" + os.sep, "dist-packages" + os.sep):
-        if marker in file:
-            return file.split(marker, 1)[1]
-    with contextlib.suppress(ValueError):
-        relative = os.path.relpath(file)
-        if not relative.startswith(".."):
-            return relative
-    return file
 
 
 def mark_dynamo_leaves(source: fx.GraphModule, traced: fx.GraphModule) -> None:
