@@ -1,6 +1,6 @@
 """Outliers, gates and 4-bit inference: train a small language model with and without gated norms.
 
-Run ``python examples/gated_rescaling.py`` (CPU, about half an hour; ``--quick`` for two minutes that
+Run ``python examples/gated_rescaling.py`` (two CPU cores, half an hour; ``--quick`` for two minutes that
 show the mechanics and prove nothing). It
 
 1. trains a byte-level pre-RMSNorm transformer on the Python standard library's own sources, plain
@@ -8,8 +8,9 @@ show the mechanics and prove nothing). It
 2. follows the outlier figures during training with ``normfuse.calibrate``;
 3. measures the loss at full precision and simulated W8A8 and W4A4;
 4. inserts gates into the *trained* plain model, checks that nothing changes, trains only the gates;
-5. repeats the plain and the gated run under a setting that favours outliers (larger learning rate,
-   no weight decay): a cure needs a disease.
+5. does the same with a sink planted in the embedding before training: models of this size grow none
+   by themselves (``--search`` tries larger learning rates, more depth, longer runs and frozen gains),
+   and a cure needs a disease. There the outliers are also absorbed into biases.
 
 The table is printed whichever way it comes out, with the spread over seeds.
 """
@@ -34,7 +35,21 @@ from normfuse.runtime.quantize_sim import quantize_linears
 from torch import nn
 
 SETTINGS = {"d": 128, "depth": 6, "heads": 4, "length": 128, "batch": 8, "lr": 2e-3, "decay": 0.1}
-OUTLIER_PRONE = {"lr": 1e-2, "decay": 0.0}
+SMALL = {"d": 64, "depth": 4, "length": 64, "lr": 1e-2, "decay": 0.0}
+#: What differs from SETTINGS: "plant" is the value of one embedding channel, alike for every byte.
+REGIMES: dict[str, dict] = {"default": {}, "planted sink": SMALL | {"plant": 30.0, "steps": 500}}
+PLANTED = 7  # the channel
+#: Plain models trained to see whether a sink grows: changes to SETTINGS.
+SEARCH: list[dict] = [
+    SMALL | {"depth": 6, "steps": 300},
+    SMALL | {"depth": 6, "lr": 3e-2, "steps": 300},
+    SMALL | {"depth": 6, "lr": 3e-2, "decay": 0.1, "steps": 300},
+    SMALL | {"depth": 12, "steps": 300},
+    SMALL | {"depth": 6, "lr": 1e-1, "steps": 300},
+    SMALL | {"decay": 0.1, "steps": 1500},
+    SMALL | {"lr": 3e-2, "steps": 1500},
+    SMALL | {"frozen_gains": True, "steps": 1500},
+]
 
 
 class Block(nn.Module):
@@ -185,6 +200,9 @@ def one_seed(seed: int, settings: dict, steps: int, tune: int, data, held) -> di
     def fresh():
         torch.manual_seed(seed)
         model = ByteLM(settings["d"], settings["depth"], settings["heads"], settings["length"])
+        if "plant" in settings:
+            with torch.no_grad():
+                model.embed.weight[:, PLANTED] = settings["plant"]
         return model.to(data.device)
 
     plain, gated = fresh(), extended(fresh(), example)
@@ -198,6 +216,15 @@ def one_seed(seed: int, settings: dict, steps: int, tune: int, data, held) -> di
         row = rows[name]
         figures = f"{row['loss']:.4f} bits/byte, W4A4 {row['w4a4_lost']:+.4f}"
         print(f"  seed {seed} {name}: {figures}", flush=True)
+    if "plant" in settings:
+        absorb = passes.AbsorbOutliers(
+            normfuse.calibrate(plain, [x for x, _ in held], progress=False)
+        )
+        gm = passes.capture(plain, (example,), dynamic=False)
+        gm, report = passes.PassManager([absorb]).run(gm)
+        norms = {"norms_absorbed": len(report.applied), "norms": len(report.sites)}
+        rows["outliers absorbed"] = measure(gm, example, held) | norms
+        print(f"  seed {seed} absorbed at {len(report.applied)} of {len(report.sites)} norms")
     late = extended(plain, example)
     with torch.no_grad():
         same = torch.equal(late(example), plain(example))
@@ -240,8 +267,18 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-#: What differs from SETTINGS. The second is chosen to grow residual sinks in few steps.
-REGIMES: dict[str, dict] = {"default": {}, "outlier-prone": OUTLIER_PRONE}
+def search(data: torch.Tensor, held_out: torch.Tensor, done: list[dict]) -> None:
+    """Train plain models under settings that might grow a sink; append their figures to ``done``."""
+    for changes in SEARCH[len(done) :]:
+        s = SETTINGS | changes
+        held = list(windows(held_out, 16, s["length"], 1, 2))
+        torch.manual_seed(0)
+        model = ByteLM(s["d"], s["depth"], s["heads"], s["length"]).to(data.device)
+        frozen = s.get("frozen_gains", False)
+        parameters = [p for p in model.parameters() if p.dim() > 1 or not frozen]
+        train(model, parameters, data, s, 0, s["steps"])
+        done.append({"changes": changes, **measure(model, held[0][0], held)})
+        print(f"{changes}: largest channel {done[-1]['stream_max_to_median']:.1f}× the median")
 
 
 def load(path: Path | None, settings: dict, steps: int) -> dict:
@@ -277,6 +314,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--regimes", nargs="+", choices=list(REGIMES), default=list(REGIMES))
+    parser.add_argument("--search", action="store_true", help="look for settings that grow sinks")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="JSON, saved after every seed; goes on from it")
     options = parser.parse_args()
@@ -285,18 +323,23 @@ def main() -> None:
     if options.quick:
         settings |= {"d": 32, "depth": 2, "heads": 2, "length": 80, "batch": 4}
         seeds, steps = 1, 20
+        REGIMES["planted sink"] = {"plant": 30.0}
     device = torch.device(options.device)
     data, held_out = (t.to(device) for t in text(4_000_000))
-    held = list(windows(held_out, 8, settings["length"], 12345, 2 if options.quick else 8))
     everything = load(options.out, settings, steps)
+    if options.search:
+        search(data, held_out, everything.setdefault("search", []))
+        save(options.out, everything)
     for title in options.regimes:
         changes = REGIMES[title]
-        print(f"\n{title}: {settings | changes}, {steps} steps", flush=True)
+        n = changes.get("steps", steps)
+        length = (settings | changes)["length"]
+        held = list(windows(held_out, 8, length, 12345, 2 if options.quick else 8))
+        print(f"\n{title}: {settings | changes}, {n} steps", flush=True)
         done = everything["regimes"].setdefault(title, {"changes": changes, "seeds": {}})["seeds"]
         for seed in range(seeds):
             if str(seed) not in done:
-                tune = max(5, steps // 4)
-                done[str(seed)] = one_seed(seed, settings | changes, steps, tune, data, held)
+                done[str(seed)] = one_seed(seed, settings | changes, n, max(5, n // 4), data, held)
                 save(options.out, everything)
         results = list(done.values())
         print("\n" + table(results))
