@@ -8,6 +8,7 @@ ours fails, the same happens, with one warning (``strict=True`` raises instead).
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import threading
 import time
@@ -29,9 +30,9 @@ from ..passes.manager import Context, PassManager
 from ..passes.presets import resolve
 from ..passes.report import Report
 from ..passes.weights import WeightCache, mark_recompute, split
-from . import autotune_cache
+from . import autotune_cache, lower_checks
 from .lower import expand
-from .lower_kernels import lower_to_kernels
+from .lower_kernels import lower_to_kernels, summary
 from .options import Options, parse
 from .provenance import source_hash, trace_artifact
 
@@ -112,16 +113,17 @@ def normfuse(
         return inductor(gm, example_inputs, settings)
 
 
-def _warn_once(error: BaseException) -> None:
+def _warn_once(
+    error: BaseException, consequence: str = "normfuse left a graph to Inductor unchanged"
+) -> None:
     text = f"{type(error).__name__}: {error}".splitlines()[0]
-    log.debug("normfuse fell back to Inductor", exc_info=error)
+    log.debug(consequence, exc_info=error)
     with _lock:
         if text in _warned:
             return
         _warned.add(text)
     warnings.warn(
-        f"normfuse left a graph to Inductor unchanged: {text} "
-        '(options={"strict": True} raises with a traceback)',
+        f'{consequence}: {text} (options={{"strict": True}} raises with a traceback)',
         stacklevel=2,
     )
 
@@ -135,19 +137,37 @@ def inductor(gm: fx.GraphModule, inputs: Sequence[Any], settings: Options) -> Ca
 
 
 class Program:
-    """A rewritten graph, ready to be compiled, with its weight program if it has one."""
+    """A rewritten graph, ready to be compiled, with its weight program if it has one.
 
-    def __init__(self, gm: fx.GraphModule, cache: WeightCache | None) -> None:
-        self.gm, self.cache = gm, cache
+    ``spare`` makes the same program without kernels, for where one of them does not compile.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        cache: WeightCache | None,
+        spare: Callable[[], Program] | None = None,
+    ) -> None:
+        self.gm, self.cache, self.spare = gm, cache, spare
 
     def compile(self, inputs: Sequence[Any], settings: Options) -> Callable:
+        try:
+            return self._compile(inputs, settings)
+        except _CONTROL_FLOW:
+            raise
+        except Exception as error:
+            if self.spare is None or settings.strict:
+                raise
+            _warn_once(error, "normfuse's kernels did not compile, their formulas run instead")
+            return self.spare()._compile(inputs, settings)
+
+    def _compile(self, inputs: Sequence[Any], settings: Options) -> Callable:
         from torch._inductor.compile_fx import compile_fx
 
         tag = source_hash()
-        if settings.kernels and (device := _where(inputs)).type == "cuda":
-            lower_to_kernels(self.gm, device, policy=settings.policy)
+        if self.spare is not None:
             # tuned plans are chosen inside op bodies, which compile-cache keys do not see
-            tag += autotune_cache.fingerprint(device)
+            tag += autotune_cache.fingerprint(_where(inputs))
         expand(self.gm)
         self.gm.recompile()
         trace_artifact("normfuse_after", lambda: self.gm.print_readable(print_output=False))
@@ -259,31 +279,66 @@ def rewrite_dynamo(
         traced.meta.pop("example_inputs", None)
     if settings.verify and context.errors:
         report.max_relative_error = max(context.errors)
-    if training and not any(s.applied for s in report.sites):
+    applied = any(s.applied for s in report.sites)
+    spare = None
+    if settings.kernels and (device := _where(tensors)).type == lower_checks.DEVICE:
+        spare = _copy(traced)
+        lowered = lower_to_kernels(traced, device, policy=settings.policy)
+        report.notes += summary(lowered)
+        if not any(entry.kernel for entry in lowered):
+            spare = None
+    if training and not applied and spare is None:
         report.notes.append(
             "gradients are enabled, so folded weights would be recomputed at every step; "
             "for inference call the model under torch.no_grad()"
         )
-    if not any(s.applied for s in report.sites):
+    if not applied and spare is None:
         return None
-    if training:
-        mark_recompute(traced)
-        return Program(traced, None)
-    program = split(traced)
-    if program is None:
-        return Program(traced, None)
-    if settings.policy == "pays" and program.bytes > settings.max_folded_bytes:
+    again = None if spare is None else lambda: _program(spare, inputs, training)
+    program = _program(traced, inputs, training, again)
+    if program.cache is None:
+        return program
+    size = program.cache.program.bytes
+    if settings.policy == "pays" and size > settings.max_folded_bytes:
         refuse_all(
             report,
-            f"folded weights would take {program.bytes / 2**20:.0f} MiB beside the original ones, "
+            f"folded weights would take {size / 2**20:.0f} MiB beside the original ones, "
             f"more than max_folded_bytes ({settings.max_folded_bytes / 2**20:.0f} MiB)",
         )
         return None
-    for node in traced.graph.find_nodes(op="placeholder")[-_outputs(program) :]:
+    report.weight_bytes = size
+    return program
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """Another graph over the same parameters and buffers."""
+    new = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    new.meta = dict(gm.meta)
+    for a, b in zip(gm.graph.nodes, new.graph.nodes, strict=True):
+        if hasattr(a, "_dynamo_source"):
+            b._dynamo_source = a._dynamo_source
+    if hasattr(gm, "_param_name_to_source"):
+        new._param_name_to_source = gm._param_name_to_source
+    return new
+
+
+def _program(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    training: bool,
+    spare: Callable[[], Program] | None = None,
+) -> Program:
+    """``gm`` with its weight program inline (training) or cut out and cached."""
+    if training:
+        mark_recompute(gm)
+        return Program(gm, None, spare)
+    program = split(gm)
+    if program is None:
+        return Program(gm, None, spare)
+    for node in gm.graph.find_nodes(op="placeholder")[-_outputs(program) :]:
         node._dynamo_source = None
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-    report.weight_bytes = program.bytes
-    return Program(traced, shared_cache(program, [inputs[i] for i in program.leaves]))
+    return Program(gm, shared_cache(program, [inputs[i] for i in program.leaves]), spare)
 
 
 def refuse_all(report: Report, reason: str) -> None:

@@ -69,6 +69,17 @@ def processors(device: torch.device) -> int:
     return _DEFAULT_PROCESSORS
 
 
+def unsupported(device: torch.device) -> str | None:
+    """Why no kernel can run on a device that is here; ``None`` if they can."""
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
+        return None
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    found = _properties(index)
+    if found.major >= 8:
+        return None
+    return f"{found.name} has compute capability {found.major}.{found.minor}, they need 8.0"
+
+
 def find(device: torch.device | str) -> Device | None:
     """The table's row for a device, ``None`` for one we know nothing about."""
     device = torch.device(device)

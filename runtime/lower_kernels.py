@@ -14,7 +14,7 @@ import functools
 import importlib.util
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,7 @@ _KINDS = {
 def kernels() -> Any:
     """``torch.ops.normfuse_kernels`` with all ops registered; ``None`` without a working triton."""
     if importlib.util.find_spec("triton") is None:
+        warnings.warn("normfuse's GPU kernels are not used: triton is not installed", stacklevel=2)
         return None
     try:
         from . import triton_ops  # noqa: F401
@@ -65,6 +66,29 @@ def kernels() -> Any:
         )
         return None
     return torch.ops.normfuse_kernels
+
+
+@functools.cache
+def kernels_for(device: torch.device) -> Any:
+    """:func:`kernels` if they can run on ``device``, else ``None`` (with one warning)."""
+    problem = devices.unsupported(device)
+    if problem is not None:
+        warnings.warn(f"normfuse's GPU kernels are not used: {problem}", stacklevel=2)
+        return None
+    return kernels()
+
+
+def summary(done: Sequence[Lowering]) -> list[str]:
+    """What became of the sites, one line per kernel and reason, for a report's notes."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for entry in done:
+        groups.setdefault((entry.kernel, entry.op, entry.reason), []).append(entry.key)
+    lines = []
+    for (kernel, op, reason), keys in groups.items():
+        where = keys[0] if len(keys) == 1 else f"{len(keys)} sites ({keys[0]}…)"
+        what = f"kernel {kernel} at" if kernel else f"{op} without a kernel at"
+        lines.append(f"{what} {where}: {reason}")
+    return lines
 
 
 def lower_to_kernels(
@@ -84,7 +108,7 @@ def lower_to_kernels(
     device = torch.device(device)
     if device.type != lower_checks.DEVICE:
         return []
-    nk = kernels()
+    nk = kernels_for(device)
     if nk is None:
         return []
     if model is None:

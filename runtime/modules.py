@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..passes import ops
-from .lower_kernels import kernels
+from .lower_kernels import kernels_for
 
 __all__ = ["GatedRMSNorm", "LayerNorm", "NormLinear", "RMSNorm"]
 
@@ -37,7 +37,7 @@ def _kernels_for(*tensors: Tensor | None):
         return None
     if any(t.dtype not in _DTYPES or t.device != present[0].device for t in present):
         return None
-    return kernels()
+    return kernels_for(present[0].device)
 
 
 class _Norm(nn.Module):

@@ -49,23 +49,27 @@ def _plain_gated_norm_backward(
     gate_scale: float,
     norm_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    leaves = [None if v is None else v.detach().float() for v in (x, gain, bias, down, up)]
-    h = leaves[0].reshape(stats.shape[0], -1)
-    rstd = stats[:, None]
-    wanted = [v.requires_grad_() for v in leaves[1:] if v is not None]
-    with torch.enable_grad():
-        # from the saved rstd: its own gradient is the last step below
-        normed = (h * rstd).requires_grad_()
-        y = normed if norm_dtype is None else normed.to(norm_dtype).float()
-        y = y if leaves[1] is None else y * leaves[1]
-        y = y if leaves[2] is None else y + leaves[2]
-        out = vocabulary.self_gate(y, leaves[3], leaves[4], gate_scale=gate_scale)
-        grads = torch.autograd.grad(out, [normed, *wanted], dout.float().reshape(out.shape))
-    rest = iter(grads[1:])
-    affine = [none_like(stats) if v is None else next(rest) for v in leaves[1:3]]
-    w, n = grads[0], normed.detach()
-    dx = (w - n * (w * n).mean(-1, keepdim=True)) * rstd
-    return dx.to(x.dtype).reshape(x.shape), *affine, *rest  # type: ignore[return-value]
+    d, rstd, down, up = x.shape[-1], stats[:, None], down.float(), up.float()
+    normed = x.reshape(-1, d).float() * rstd
+    low = normed if norm_dtype is None else normed.to(norm_dtype).float()
+    y = low if gain is None else low * gain.float()
+    y = y if bias is None else y + bias.float()
+    do = dout.reshape(-1, d).float()
+    sigma = torch.sigmoid(t)
+    s = t * sigma
+    gate = torch.sigmoid(s @ up.t())
+    dz = do * y * (gate_scale * gate * (1 - gate))
+    dt = (dz @ up) * (sigma * (1 + t * (1 - sigma)))
+    dy = do * (gate_scale * gate) + dt @ down
+    w = dy if gain is None else dy * gain.float()
+    dx = (w - normed * (w * normed).mean(-1, keepdim=True)) * rstd
+    return (
+        dx.to(x.dtype).reshape(x.shape),
+        none_like(stats) if gain is None else (dy * low).sum(0),
+        none_like(stats) if bias is None else dy.sum(0),
+        dt.t() @ y,
+        dz.t() @ s,
+    )
 
 
 @run.op(_plain_gated_norm)
