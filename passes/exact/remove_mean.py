@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from .. import ir
+from .. import cost, ir
 from ..axis import SPLITS, Axis, channel_scale, is_dropout
 from ..errors import Refuse
 from ..linear import WeightBuilder, is_weight, match_linear
@@ -60,17 +60,6 @@ class _Plan:
     weights: list[Writer] = field(default_factory=list)
     #: stream values after which a ``normfuse::center`` goes
     ops: list[fx.Node] = field(default_factory=list)
-
-
-def numel(x: Any) -> int:
-    """Number of elements of a fake tensor, symbolic sizes by their hint (1 without); no guards."""
-    total = 1
-    for s in x.shape:
-        if not isinstance(s, int):
-            hint = getattr(s.node, "hint", None)
-            s = hint if isinstance(hint, int) else 1
-        total *= s
-    return total
 
 
 @register
@@ -150,7 +139,7 @@ class RemoveMean(Pass):
                 result.applied += others
                 context.journal += [(self.name, k) for k in others]
                 for r in sites:
-                    rows = numel(ir.val(r.value))
+                    rows = cost.numel(r.value)
                     result.savings[r.node.meta["site"]] = (0.0, 2.0 * rows)
             else:
                 reason = result.refused[before][1]
@@ -283,7 +272,7 @@ class RemoveMean(Pass):
             if sparse or w.gates or w.source_axis.dims != (-1,) or not is_weight(table):
                 return _DIRTY
             if context.policy == "pays":
-                size = numel(ir.val(table)) * ir.dtype(table).itemsize
+                size = cost.nbytes(table)
                 if size > self.max_table_bytes or context.training or _is_shared(table):
                     return _DIRTY
             return _OPEN
@@ -292,17 +281,15 @@ class RemoveMean(Pass):
         return _DIRTY
 
     def _must_pay(self, context: Context, stream: Stream, plan: _Plan, norms: int) -> None:
-        rows = max(numel(ir.val(r.value)) for r in stream.norms)
+        rows = max(cost.numel(r.value) for r in stream.norms)
         if 2 * len(plan.ops) > norms:
-            culprits = ", ".join(ir.describe(v) for v in plan.ops[:3])
             raise Refuse(
-                f"does not pay: {_count(len(plan.ops), 'activation')} ({culprits}"
-                f"{', …' if len(plan.ops) > 3 else ''}) would have to be centered by an op of its "
-                f"own to spare {_count(norms, 'LayerNorm')} the mean",
+                f"does not pay: {_count(len(plan.ops), 'activation')} would have to be centered, "
+                f"each by an op of its own, to spare {_count(norms, 'LayerNorm')} the mean",
                 plan.ops[0],
             )
         if context.training and plan.weights:
-            weights = sum(numel(ir.val(_weight_of(w))) for w in plan.weights)
+            weights = sum(cost.numel(_weight_of(w)) for w in plan.weights)
             raise Refuse(
                 f"does not pay in training: {weights:,} weight elements would be centered at every "
                 f"step to spare {_count(norms, 'LayerNorm')} a mean over {rows:,} activations"
