@@ -2,53 +2,29 @@
 
     python benchmarks/gating.py [--quick] [--device cuda] [--out benchmarks/results/gating.json]
 
-Rows: the norm op alone and a whole pre-RMSNorm transformer. Columns: eager, Inductor, and the
-normfuse backend, each plain and gated. Runs are interleaved round by round; the figure is the median
-over rounds of the per-round ratio gated/plain, with its quartiles.
+Rows: the norm op alone and a whole pre-RMSNorm decoder (``models.py``) with a gate behind every norm.
+Columns: eager (unfused), Inductor, and the normfuse backend, each plain and gated. Runs are interleaved
+round by round; the figure is the median over rounds of the per-round ratio gated/plain, with its
+quartiles. Memory: new parameters, and what the forward keeps for the backward.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from models import llama
 from normfuse import passes
+from normfuse.runtime.measure import environment
 from torch import nn
 
 
-class Block(nn.Module):
-    def __init__(self, d: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.RMSNorm(d, eps=1e-6), nn.RMSNorm(d, eps=1e-6)
-        self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
-        self.up, self.down = nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(y.transpose(1, 2).flatten(2))
-        return x + self.down(F.silu(self.up(self.norm2(x))))
-
-
-class Stack(nn.Module):
-    def __init__(self, d: int, depth: int, heads: int) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(d, heads) for _ in range(depth))
-        self.norm = nn.RMSNorm(d, eps=1e-6)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+def rms(d: int) -> nn.Module:
+    return nn.RMSNorm(d, eps=1e-6)
 
 
 def variants(model: nn.Module, x: torch.Tensor, backends: list[str]) -> dict[str, nn.Module]:
@@ -65,6 +41,23 @@ def variants(model: nn.Module, x: torch.Tensor, backends: list[str]) -> dict[str
 
 def step(module: nn.Module, x: torch.Tensor) -> None:
     module(x).square().mean().backward()
+
+
+def saved_bytes(module: nn.Module, x: torch.Tensor) -> int:
+    """What the forward keeps for the backward, without parameters and inputs."""
+    known = {t.untyped_storage().data_ptr() for t in (*module.parameters(), x)}
+    sizes: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = module(x)
+    del out
+    return sum(sizes.values())
 
 
 def clock(device: str) -> float:
@@ -105,8 +98,9 @@ def compare(model: nn.Module, x: torch.Tensor, backends: list[str], rounds: int)
             "ratio": middle,
             "quartiles": [low, high],
         }
-        if device == "cuda":
-            for name in ("plain", "gated"):
+        for name in ("plain", "gated"):
+            rows[backend][f"{name}_saved_bytes"] = saved_bytes(modules[f"{backend} {name}"], x)
+            if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
                 step(modules[f"{backend} {name}"], x)
                 rows[backend][f"{name}_peak_bytes"] = torch.cuda.max_memory_allocated()
@@ -132,12 +126,12 @@ def main() -> None:
     d, depth, heads, shape = (64, 2, 2, (2, 32)) if options.quick else (768, 12, 12, (4, 256))
     rounds = 5 if options.quick else options.rounds
     torch.manual_seed(0)
-    x = torch.randn(*shape, d, device=options.device)
     results = {}
-    for name, model in (
-        ("norm op", nn.RMSNorm(d, eps=1e-6)),
-        (f"{depth} layers", Stack(d, depth, heads)),
+    for name, model, x in (
+        ("norm op", rms(d), torch.randn(*shape, d)),
+        (f"{depth} layers", llama(d, depth, heads)(rms), torch.randint(0, 4096, shape)),
     ):
+        x = x.to(options.device)
         rows = results[name] = compare(model.to(options.device), x, options.backends, rounds)
         print(f"{name}, d = {d}, {shape[0]}×{shape[1]} tokens, {options.device}")
         for backend in options.backends:
@@ -147,18 +141,16 @@ def main() -> None:
                 continue
             print(
                 f"  {backend:10} plain {r['plain_ms']:8.2f} ms  gated {r['gated_ms']:8.2f} ms  "
-                f"ratio {r['ratio']:.3f} [{r['quartiles'][0]:.3f}, {r['quartiles'][1]:.3f}]"
+                f"ratio {r['ratio']:.3f} [{r['quartiles'][0]:.3f}, {r['quartiles'][1]:.3f}]  "
+                f"kept for backward {r['plain_saved_bytes'] / 1e6:.1f} and "
+                f"{r['gated_saved_bytes'] / 1e6:.1f} MB"
             )
         extra = rows["new_parameter_bytes"] / rows["parameter_bytes"]
         print(f"  gates add {rows['new_parameter_bytes']:,} bytes of parameters ({extra:.1%})")
     if options.out:
         data = {
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "torch": torch.__version__,
-            "device": torch.cuda.get_device_name()
-            if options.device == "cuda"
-            else platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
+            "kind": "gating",
+            "environment": environment(),
             "width": d,
             "depth": depth,
             "tokens": list(shape),
