@@ -1,26 +1,33 @@
 """Optimizer steps side by side: ours, torch's, the plain loop, and installed peers.
 
-    python benchmarks/optim_step.py                 # all sets, float32 (minutes)
+    python benchmarks/optim_step.py --compiled      # all sets, float32 (a quarter of an hour)
     python benchmarks/optim_step.py --quick         # a few small matrices (seconds)
     python benchmarks/optim_step.py --sets gpt2-small --dtype bfloat16 --device cuda
 
 Every contestant steps on its own copy of the same matrices; contestants are interleaved, medians
-and ratios are of one run. The floor is the symmetric-aware FLOP count of the better form over the
-GEMM rate measured in the same run. A contestant whose estimated time exceeds ``--budget`` seconds a
-step is reported as skipped with the estimate, not left out silently.
+and ratios are of one run. Peers fix their dtype: they run as shipped where the machine multiplies
+fast in it, and, for a comparison in one dtype, with that cast patched. The floor is the
+symmetric-aware FLOP count of the better form over the GEMM rate measured in the same run. What would
+spend more than ``--budget`` seconds on two steps is reported as skipped with the estimate; slow
+contestants take fewer repeats.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import importlib.util
 import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from normfuse import optim
@@ -65,30 +72,106 @@ class PlainLoop(torch.optim.Optimizer):
                 p.add_(x, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
 
-def contestants(dtype: torch.dtype, compiled: bool) -> dict[str, Callable[[list], object]]:
-    """Name to a function from parameters to an object with ``step``."""
-    out: dict[str, Callable[[list], object]] = {
-        "normfuse": lambda ps: optim.Muon(ps, lr=1e-3, ns_dtype=dtype),
-        "normfuse direct": lambda ps: optim.Muon(ps, lr=1e-3, ns_dtype=dtype, ns_method="direct"),
-        "plain loop": lambda ps: PlainLoop(ps, 1e-3, dtype),
+@dataclass
+class Contestant:
+    """A way to make a stepper from parameters; ``shipped`` is the dtype it insists on, if any."""
+
+    make: Callable[[list[nn.Parameter]], Any]
+    shipped: torch.dtype | None = None
+    patch: Callable[[torch.dtype], Any] | None = None  # context in which it iterates in a dtype
+
+
+def _patch_method(dtype: torch.dtype) -> Any:
+    """``tensor.bfloat16()`` gives a copy in ``dtype`` instead: torch.optim.Muon's only cast."""
+    return mock.patch.object(torch.Tensor, "bfloat16", lambda t: t.to(dtype, copy=True))
+
+
+def _patch_gram(dtype: torch.dtype) -> Any:
+    """gram-newton-schulz names its dtype inside a closure: ``torch.float16``."""
+    return mock.patch.object(torch, "float16", dtype)
+
+
+@contextlib.contextmanager
+def _patch_pytorch_optimizer(dtype: torch.dtype) -> Iterator[None]:
+    from pytorch_optimizer.optimizer.muon import base
+
+    names = ("zero_power_via_newton_schulz_5", "zero_power_via_gram_newton_schulz")
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            bound = functools.partial(getattr(base, name), dtype=dtype)
+            stack.enter_context(mock.patch.object(base, name, bound))
+        yield
+
+
+@contextlib.contextmanager
+def _patch_heavyball(dtype: torch.dtype) -> Iterator[None]:
+    from heavyball import utils
+
+    def round_(ref: torch.Tensor, source: torch.Tensor | None = None) -> torch.Tensor:
+        return ref.to(dtype) if source is None else source.to(ref.dtype)
+
+    with mock.patch.object(utils, "stochastic_round_", round_):
+        yield
+
+
+def contestants(dtype: torch.dtype, compiled: bool) -> tuple[dict[str, Contestant], list[str]]:
+    """Ours, torch's, the plain loop and the installed peers; names of those not installed."""
+    muon = functools.partial(optim.Muon, lr=1e-3, ns_dtype=dtype)
+    half = torch.bfloat16
+    out = {
+        "normfuse": Contestant(muon),
+        "normfuse direct": Contestant(functools.partial(muon, ns_method="direct")),
+        "plain loop": Contestant(lambda ps: PlainLoop(ps, 1e-3, dtype)),
+        "torch.optim.Muon": Contestant(
+            lambda ps: torch.optim.Muon(ps, lr=1e-3), half, _patch_method
+        ),
     }
-    if dtype == torch.bfloat16:
-        out["torch.optim.Muon"] = lambda ps: torch.optim.Muon(ps, lr=1e-3)
     if compiled:
-        out["normfuse compiled"] = lambda ps: optim.Muon(ps, lr=1e-3, ns_dtype=dtype, compile=True)
-        if dtype == torch.bfloat16:
-            out["torch.optim.Muon compiled"] = lambda ps: _Compiled(torch.optim.Muon(ps, lr=1e-3))
-    if dtype == torch.bfloat16 and importlib.util.find_spec("heavyball"):
-        import heavyball
-
-        out["heavyball"] = lambda ps: heavyball.Muon(ps, lr=1e-3)
-    if dtype == torch.bfloat16 and importlib.util.find_spec("pytorch_optimizer"):
-        import pytorch_optimizer
-
-        out["pytorch-optimizer"] = lambda ps: pytorch_optimizer.Muon(
-            [{"params": ps, "use_muon": True}], lr=1e-3
+        out["normfuse compiled"] = Contestant(functools.partial(muon, compile=True))
+        out["torch.optim.Muon compiled"] = Contestant(
+            lambda ps: _Compiled(torch.optim.Muon(ps, lr=1e-3)), half
         )
-    return out
+    missing = []
+    if importlib.util.find_spec("gram_newton_schulz"):
+        from gram_newton_schulz import GramNewtonSchulz
+
+        def gram(ps: list[nn.Parameter]) -> Any:
+            iteration = GramNewtonSchulz(
+                ns_use_kernels=False, ns_coefficients=[list(JORDAN)] * 5, compile_kwargs=None
+            )
+            return BatchedLoop(ps, 1e-3, iteration)
+
+        out["gram-newton-schulz"] = Contestant(gram, torch.float16, _patch_gram)
+    else:
+        missing.append("gram-newton-schulz")
+    if importlib.util.find_spec("heavyball"):
+
+        def heavy(ps: list[nn.Parameter]) -> Any:
+            import heavyball
+
+            # its own default compiles every helper with max-autotune: minutes before the first step
+            heavyball.utils.compile_mode = None
+            heavyball.utils.zeroth_power_mode = "newtonschulz"
+            return heavyball.Muon(ps, lr=1e-3)
+
+        out["heavyball"] = Contestant(heavy, half, _patch_heavyball)
+    else:
+        missing.append("heavyball")
+    if importlib.util.find_spec("pytorch_optimizer"):
+
+        def pytorch_optimizer(method: str, ps: list[nn.Parameter]) -> Any:
+            import pytorch_optimizer
+
+            group = {"params": ps, "use_muon": True}
+            return pytorch_optimizer.Muon([group], lr=1e-3, ns_method=method)
+
+        for method, its in (("newton_schulz", half), ("gram_newton_schulz", torch.float16)):
+            out["pytorch-optimizer" + (" gram" if method[0] == "g" else "")] = Contestant(
+                functools.partial(pytorch_optimizer, method), its, _patch_pytorch_optimizer
+            )
+    else:
+        missing.append("pytorch-optimizer")
+    return out, missing
 
 
 class _Compiled:
@@ -96,26 +179,51 @@ class _Compiled:
         self.step = torch.compile(opt.step)
 
 
+class BatchedLoop:
+    """Momentum and update as in the plain loop around a batched iteration, one call per shape."""
+
+    def __init__(self, params: list[nn.Parameter], lr: float, iteration: Any) -> None:
+        self.shapes: dict[Any, list[nn.Parameter]] = {}
+        for p in params:
+            self.shapes.setdefault(p.shape, []).append(p)
+        self.buffers = {p: torch.zeros_like(p) for p in params}
+        self.lr, self.iteration = lr, iteration
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for (r, c), params in self.shapes.items():
+            grads = [p.grad for p in params if p.grad is not None]
+            buffers = [self.buffers[p] for p in params]
+            torch._foreach_lerp_(buffers, grads, 0.05)
+            done = self.iteration(torch.stack(torch._foreach_lerp(grads, buffers, 0.95)))
+            torch._foreach_mul_(params, 1 - self.lr * 0.1)
+            torch._foreach_add_(params, done.unbind(), alpha=-self.lr * max(1, r / c) ** 0.5)
+
+
 def gemm_rate(dtype: torch.dtype, device: str) -> float:
     """FLOP/s of a square product, best of several; the size grows until it takes a while."""
     size, rate = 256, 0.0
     while True:
         a = torch.randn(size, size, device=device).to(dtype)
-        best = min(_timed(lambda a=a: a @ a, device) for _ in range(3))
+        best = min(_timed(lambda a=a: a @ a, device) for _ in range(5))
         rate = max(rate, 2 * size**3 / best)
         if best > 0.02 or size >= 4096:
             return rate
         size *= 2
 
 
+#: ``--cpu-time`` puts the processor time of this process here.
+CLOCK = time.perf_counter
+
+
 def _timed(f: Callable[[], object], device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
-    began = time.perf_counter()
+    began = CLOCK()
     f()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return CLOCK() - began
 
 
 def parameters(name: str, device: str) -> list[nn.Parameter]:
@@ -143,22 +251,52 @@ def plain_flops(name: str) -> float:
 
 
 def measure(name: str, args: argparse.Namespace) -> dict:
+    """One set: every contestant, interleaved; those that insist on another dtype run in it if it is
+    not too slow, and in the asked dtype by patching their cast, under a name that says so."""
     dtype = DTYPES[args.dtype]
-    rate = gemm_rate(dtype, args.device)
-    estimate = plain_flops(name) / rate
+    rates = {dtype: gemm_rate(dtype, args.device)}
+    flops = plain_flops(name)
     rows: dict[str, dict] = {}
-    live: dict[str, object] = {}
-    for label, make in contestants(dtype, args.compiled).items():
-        if estimate > args.budget:
-            rows[label] = {"skipped": f"estimated {estimate:.0f} s a step at the measured rate"}
-            continue
-        opt = make(parameters(name, args.device))
-        rows[label] = {"first": _timed(opt.step, args.device), "times": []}  # type: ignore[attr-defined]
-        live[label] = opt
+    live: dict[str, tuple[Any, list[nn.Parameter], Any]] = {}
+    makers, missing = contestants(dtype, args.compiled)
+    for label, c in makers.items():
+        forms: list[tuple[str, torch.dtype, Any]] = []
+        if c.shipped is None or c.shipped == dtype:
+            forms.append((label, dtype, contextlib.nullcontext))
+        else:
+            forms.append((f"{label}, as shipped ({_name(c.shipped)})", c.shipped, None))
+            if c.patch is not None:
+                forms.append((f"{label}, {args.dtype}", dtype, functools.partial(c.patch, dtype)))
+        for form, work, context in forms:
+            if work not in rates:
+                rates[work] = gemm_rate(work, args.device)
+            estimate = flops / rates[work]
+            if estimate * (args.repeats + 1) > args.budget:
+                if estimate * 2 > args.budget:
+                    reason = f"about {estimate:.0f} s a step at the measured GEMM rate"
+                    rows[form] = {"skipped": reason}
+                    continue
+            params = parameters(name, args.device)
+            context = contextlib.nullcontext if context is None else context
+            with context():
+                opt = c.make(params)
+                rows[form] = {"dtype": _name(work), "times": []}
+                rows[form]["first"] = _timed(opt.step, args.device)
+            live[form] = (opt, params, context)
+    grads = [p.grad for p in parameters(name, args.device)]
     for _ in range(args.repeats):
-        for label, opt in live.items():
-            rows[label]["times"].append(_timed(opt.step, args.device))  # type: ignore[attr-defined]
-    floor = floor_flops(name) / rate
+        for form, (opt, params, context) in live.items():
+            spent = sum(rows[form]["times"])
+            if rows[form]["times"] and spent + rows[form]["times"][-1] > args.budget:
+                continue
+            for p, g in zip(params, grads, strict=True):
+                if p.grad is None:  # one peer drops gradients
+                    p.grad = g.clone()
+            with context():
+                rows[form]["times"].append(_timed(opt.step, args.device))
+    for label in missing:
+        rows[label] = {"skipped": "not installed"}
+    floor = floor_flops(name) / rates[dtype]
     for row in rows.values():
         if row.get("times"):
             row["median"] = statistics.median(row["times"])
@@ -171,10 +309,14 @@ def measure(name: str, args: argparse.Namespace) -> dict:
         "set": name,
         "dtype": args.dtype,
         "matrices": sum(c for c, _ in SETS[name]),
-        "gemm_gflops": rate / 1e9,
+        "gemm_gflops": {_name(k): v / 1e9 for k, v in rates.items()},
         "floor": floor,
         "rows": rows,
     }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def markdown(results: list[dict]) -> str:
@@ -182,18 +324,21 @@ def markdown(results: list[dict]) -> str:
     for r in results:
         lines += [
             f"### {r['set']}, {r['matrices']} matrices, {r['dtype']}",
-            f"GEMM {r['gemm_gflops']:.0f} GFLOP/s; symmetric-aware floor {r['floor'] * 1e3:.1f} ms",
+            "GEMM "
+            + ", ".join(f"{k} {v:.0f} GFLOP/s" for k, v in r["gemm_gflops"].items())
+            + f"; symmetric-aware floor {r['floor'] * 1e3:.1f} ms",
             "",
-            "| step | median ms | × plain loop | × floor | first step s |",
-            "| --- | ---: | ---: | ---: | ---: |",
+            "| step | median ms | × plain loop | × floor | first step s | steps |",
+            "| --- | ---: | ---: | ---: | ---: | ---: |",
         ]
         for label, row in r["rows"].items():
             if "skipped" in row:
-                lines.append(f"| {label} | skipped: {row['skipped']} | | | |")
+                lines.append(f"| {label} | {row['skipped']} | | | | |")
             else:
                 lines.append(
                     f"| {label} | {row['median'] * 1e3:.1f} | {row['speedup']:.2f} | "
-                    f"{row['floors']:.2f} | {row['first']:.2f} |"
+                    f"{row['floors']:.2f} | {row['first']:.2f} | "
+                    f"{len(row['times'])} |"
                 )
         lines.append("")
     return "\n".join(lines)
@@ -204,12 +349,21 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=[s for s in SETS if s != "tiny"])
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds a step at most")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=40.0, help="seconds a contestant, a set")
     parser.add_argument("--compiled", action="store_true", help="also compiled steps")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="one thread, processor time: what a busy machine can measure",
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, help="folder for JSON and Markdown")
     args = parser.parse_args()
+    if args.cpu_time:
+        global CLOCK
+        CLOCK = time.process_time
+        torch.set_num_threads(1)
     if args.quick:
         args.sets, args.repeats = ["tiny"], 3
     unknown = set(args.sets) - set(SETS)
@@ -226,6 +380,7 @@ def main() -> None:
             "processor": platform.processor() or platform.machine(),
             "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
+            "clock": "processor time" if args.cpu_time else "wall",
             "results": results,
         }
         stem = f"optim_step-{args.device}-{args.dtype}"

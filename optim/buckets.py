@@ -22,6 +22,9 @@ from .stages import StateSpec
 
 VIEWS = ("matrix", "flatten", "batch")
 
+#: Eager steps on a CPU take this many bytes of matrices per thread at a time.
+CACHE_BYTES = 2**20
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -104,7 +107,7 @@ def make_slots(p: Tensor, name: str, group: Mapping[str, Any], pipeline: Pipelin
             and rows > cols
             and len(shape) == 2
             and not hasattr(p, "placements")
-            and (cols < ns.BLOCKED_FROM or p.device.type != "cpu")
+            and (rows * cols <= ns.TURN_UP_TO or p.device.type != "cpu")
         )
         suffix = "" if i == 0 else f".{i}"
         out.append(Slot(p, name, suffix, dim, start, length, count, rows, cols, turned))
@@ -278,12 +281,48 @@ class Bucket:
         if not active or self.rows * self.cols == 0:
             return
         self.fill_hyper()
+        if not compile and self.device.type == "cpu" and not self.periodic:
+            # matrices are independent: a few at a time, all stages in a row, temporaries in cache
+            for part in self._portions(active):
+                self._update(part, compile=False, masked=masked, grads=grads, apply=apply)
+            return
+        self._update(active, compile=compile, masked=masked, grads=grads, apply=apply)
+
+    def _portions(self, active: Sequence[int]) -> list[list[int]]:
+        """``active`` in runs of neighbours whose matrices fill the caches."""
+        threads = torch.get_num_threads()
+        each = max(1, self.rows * self.cols * self._computing().itemsize)
+        limit = max(1, CACHE_BYTES // each) * threads
+        out: list[list[int]] = []
+        count = 0
+        for i in active:
+            size = self.slots[i].count
+            if not out or count + size > limit or i != out[-1][-1] + 1:
+                out.append([])
+                count = 0
+            out[-1].append(i)
+            count += size
+        return out
+
+    def _update(
+        self,
+        active: Sequence[int],
+        *,
+        compile: bool,
+        masked: bool,
+        grads: Callable[[Slot], Tensor],
+        apply: bool,
+    ) -> None:
         slots = [self.slots[i] for i in active]
         grad = _stack([s.gather(grads(s)) for s in slots])
         whole = len(slots) == len(self.slots)
         index = None
-        if whole:
-            states, step, constants = self.stacks, self.step, self.constants
+        if active[-1] - active[0] + 1 == len(active):
+            low = self.offsets[active[0]]
+            span = slice(low, self.offsets[active[-1]] + slots[-1].count)
+            states = {k: v[span] for k, v in self.stacks.items()}
+            step = None if self.step is None else self.step[span]
+            constants = {k: v[span] for k, v in self.constants.items()}
         else:
             rows = [self.offsets[i] + k for i in active for k in range(self.slots[i].count)]
             index = torch.tensor(rows, device=self.device)

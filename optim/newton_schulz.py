@@ -28,7 +28,14 @@ METHODS = ("auto", "direct", "gram")
 
 #: Blocked symmetric products pay from here on (shorter side, CPU); smaller batches use ``bmm``.
 BLOCKED_FROM = 320
-_BLOCK = 256
+#: Rows of one block: smaller ones, and sizes that fit GEMM kernels badly, lose more speed than the
+#: triangle saves.
+_BLOCK = 128
+_MAX_BLOCKS = 8
+
+#: On a CPU matrices up to this size share a batch with their transposes; turning larger ones costs
+#: more than a longer batch gains.
+TURN_UP_TO = 2**14
 
 
 class _Stability(NamedTuple):
@@ -139,7 +146,9 @@ def make_plan(
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     m = min(rows, cols)
     # Only the CPU path computes half of a symmetric product; bmm computes all of it.
-    blocks = max(1, min(4, round(m / _BLOCK))) if device == "cpu" and m >= BLOCKED_FROM else 1
+    blocks = 1
+    if device == "cpu" and m >= BLOCKED_FROM:
+        blocks = max(2, min(_MAX_BLOCKS, round(m / _BLOCK)))
     share = (blocks + 1) / (2 * blocks)
     direct = flops(rows, cols, schedule, None, share)
     if method == "direct" or not schedule:
@@ -198,12 +207,20 @@ class _Whole:
         return m.diagonal(dim1=-2, dim2=-1)
 
 
+def block_edges(side: int, blocks: int) -> list[int]:
+    """``blocks + 1`` edges from 0 to ``side``, all but the last at multiples of 32 where they fit."""
+    size = -(-side // blocks)
+    size += -size % 32
+    if size * (blocks - 1) >= side:
+        return [round(side * i / blocks) for i in range(blocks + 1)]
+    return [size * i for i in range(blocks)] + [side]
+
+
 class _Blocked:
     """The same for one matrix; symmetric products compute block rows up to the diagonal."""
 
     def __init__(self, side: int, blocks: int) -> None:
-        edges = [round(side * i / blocks) for i in range(blocks + 1)]
-        self.rows = list(pairwise(edges))
+        self.rows = list(pairwise(block_edges(side, blocks)))
 
     def _mirror(self, out: Tensor) -> Tensor:
         for low, high in self.rows[1:]:
@@ -242,8 +259,11 @@ class _Blocked:
         return m.diagonal()
 
 
-def _direct(x: Tensor, schedule: Schedule, ops: Any, first: Tensor | None) -> Tensor:
+def _direct(
+    x: Tensor, schedule: Schedule, ops: Any, first: Tensor | None, out: Tensor | None
+) -> Tensor:
     """Direct form; ``x`` is scratch (overwritten), ``first`` its Gram matrix if already known."""
+    last = len(schedule) - 1
     tall = x.shape[-2] > x.shape[-1]
     side = min(x.shape[-2:])
     a_buf = x.new_empty(*x.shape[:-2], side, side) if first is None else first
@@ -254,12 +274,18 @@ def _direct(x: Tensor, schedule: Schedule, ops: Any, first: Tensor | None) -> Te
             poly = ops.symmetric(gram, gram, gram, b, c, b_buf)
         else:
             poly = torch.mul(gram, b, out=b_buf)
-        x, other = ops.apply(x, poly, a, tall, other), x
+        into = out if out is not None and i == last else other
+        x, other = ops.apply(x, poly, a, tall, into), x
     return x
 
 
 def _gram(
-    x: Tensor, schedule: Schedule, restarts: tuple[int, ...], ops: Any, first: Tensor | None
+    x: Tensor,
+    schedule: Schedule,
+    restarts: tuple[int, ...],
+    ops: Any,
+    first: Tensor | None,
+    out: Tensor | None,
 ) -> Tensor:
     """Gram form: ``q`` accumulates the polynomial, ``r`` the Gram matrix it would produce."""
     tall = x.shape[-2] > x.shape[-1]
@@ -291,10 +317,18 @@ def _gram(
             # (a + Z)²·R = a·(a·R + Z·R) + Z·(a·R + Z·R)
             ops.symmetric(r, z, r, a, 1.0, spare)
             ops.symmetric(z, spare, spare, a, 1.0, r)
-    return ops.apply(x, q, 0.0, tall, torch.empty_like(x) if other is None else other)
+    if out is None:
+        out = torch.empty_like(x) if other is None else other
+    return ops.apply(x, q, 0.0, tall, out)
 
 
-def iterate(x: Tensor, schedule: Schedule, plan: Plan, first_gram: Tensor | None = None) -> Tensor:
+def iterate(
+    x: Tensor,
+    schedule: Schedule,
+    plan: Plan,
+    first_gram: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """Run ``schedule`` on normalized matrices.
 
     Args:
@@ -303,23 +337,25 @@ def iterate(x: Tensor, schedule: Schedule, plan: Plan, first_gram: Tensor | None
         schedule: one ``(a, b, c)`` per step.
         plan: from :func:`make_plan` for this shape.
         first_gram: ``[B, m, m]`` Gram matrix of ``x`` if a normalization has formed it already.
+        out: where the last product writes, like ``x`` and apart from it; ``None``: a new tensor.
 
     Returns:
-        ``[B, r, c]`` (``x`` itself when the schedule is empty).
+        ``[B, r, c]`` (``x`` itself when the schedule is empty and no ``out`` is given).
     """
     if not schedule:
-        return x
+        return x if out is None else out.copy_(x)
 
-    def run(part: Tensor, ops: Any, first: Tensor | None) -> Tensor:
+    def run(part: Tensor, ops: Any, first: Tensor | None, into: Tensor | None) -> Tensor:
         if plan.method == "gram":
-            return _gram(part, schedule, plan.restarts, ops, first)
-        return _direct(part, schedule, ops, first)
+            return _gram(part, schedule, plan.restarts, ops, first, into)
+        return _direct(part, schedule, ops, first, into)
 
     if not plan.blocked:
-        return run(x, _Whole, first_gram)
+        return run(x, _Whole, first_gram, out)
     # One matrix at a time: each product is large enough to fill the cores, and its operands stay
     # in cache; a batched product into a strided block would be computed aside and copied.
     ops = _Blocked(min(x.shape[-2:]), plan.blocks)
+    out = torch.empty_like(x) if out is None else out
     for i in range(x.shape[0]):
-        x[i].copy_(run(x[i], ops, None if first_gram is None else first_gram[i]))
-    return x
+        run(x[i], ops, None if first_gram is None else first_gram[i], out[i])
+    return out

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .stages import Batch, Stage, StateSpec
+from .stages import Batch, Scale, Stage, StateSpec
 
 #: Hyper-parameters that every pipeline has as tensors.
 COMMON_HYPER = ("lr", "weight_decay")
@@ -145,9 +145,12 @@ def run(pipeline: Pipeline, t: Tensors, masked: bool) -> tuple[Tensor, Tensor | 
     """
     ok = finite_mask(t.grad) if masked else None
     batch = make_batch(t, ok)
-    for stage in pipeline.stages:
+    stages, factor = pipeline.stages, -t.hyper["lr"]
+    if stages and isinstance(stages[-1], Scale):  # one multiplication instead of two
+        factor, stages = factor * stages[-1].factors(batch), stages[:-1]
+    for stage in stages:
         batch = stage(batch)
-    update = batch.update * (-t.hyper["lr"])
+    update = batch.update * factor
     decay = batch.decay
     if decay is not None or ok is not None:
         rate = t.hyper["lr"] * t.hyper["weight_decay"] * pipeline.decay_factor

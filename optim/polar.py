@@ -31,8 +31,10 @@ from .coefficients import CoefficientSpec, Schedule, input_scale, resolve
 NORMALIZATIONS = ("frobenius", "schatten", "aol")
 NON_FINITE = ("skip", "raise")
 
-#: Scratch of one batched call; larger batches run in slices.
+#: Scratch of one batched call; larger batches run in slices. On CPUs slices that stay in cache are
+#: up to a tenth faster than one call.
 MAX_SCRATCH_BYTES = 512 * 2**20
+CPU_SCRATCH_BYTES = 8 * 2**20
 
 
 class Settings(NamedTuple):
@@ -92,6 +94,22 @@ def settings(
     )
 
 
+#: Frobenius norms for which float32 squares lose nothing that matters to underflow or overflow.
+_PLAIN_NORMS = (1e-12, 1e15)
+
+
+def _norms(x: Tensor) -> Tensor:
+    """Frobenius norms ``[B, 1, 1]`` in float64 of matrices in a lower precision."""
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        # rows in float32, then float64: as accurate, and without a float64 copy of the matrix
+        rows = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        norm = torch.linalg.vector_norm(rows, dim=-2, keepdim=True, dtype=torch.float64)
+        low, high = _PLAIN_NORMS
+        if bool(((norm > low) & (norm < high)).all()):
+            return norm
+    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+
+
 def _inverse_norms(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """``(1/‖x‖_F, finite)`` per matrix, float64 ``[B, 1, 1]``; 0 for zero and non-finite ones."""
     dims = (-2, -1)
@@ -101,7 +119,7 @@ def _inverse_norms(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         norm = torch.linalg.vector_norm(x / safe, dim=dims, keepdim=True) * safe
         finite = torch.isfinite(peak)
     else:
-        norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float64)
+        norm = _norms(x)
         finite = torch.isfinite(norm)
     tiny = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).tiny
     usable = finite & (norm >= tiny)
@@ -146,8 +164,13 @@ def orthogonalize_batch(x: Tensor, s: Settings) -> Tensor:
     plan = ns.make_plan(rows, cols, s.schedule, dtype, x.device.type, s.method, s.restarts)
     side = min(rows, cols)
     each = (3 * side * side + 3 * rows * cols) * dtype.itemsize
-    # The blocked form works matrix by matrix: normalizing them one by one keeps them in cache.
-    size = 1 if plan.blocked else max(1, MAX_SCRATCH_BYTES // each)
+    if plan.blocked:  # works matrix by matrix: normalizing them one by one keeps them in cache
+        size = 1
+    elif x.device.type == "cpu":  # a batched product splits a batch over the threads
+        threads = torch.get_num_threads()
+        size = max(1, CPU_SCRATCH_BYTES // (each * threads)) * threads
+    else:
+        size = max(1, MAX_SCRATCH_BYTES // each)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if s.non_finite == "raise":
         _, finite = _inverse_norms(x, s.eps)
@@ -156,7 +179,11 @@ def orthogonalize_batch(x: Tensor, s: Settings) -> Tensor:
             raise ValueError(f"matrices {bad} of the batch hold NaN or Inf")
     for low in range(0, x.shape[0], size):
         y, gram = _normalize(x[low : low + size], s, dtype)
-        out[low : low + size] = ns.iterate(y, s.schedule, plan, gram)
+        part = out[low : low + size]
+        if dtype == out.dtype:
+            ns.iterate(y, s.schedule, plan, gram, part)
+        else:
+            part.copy_(ns.iterate(y, s.schedule, plan, gram))
     return out
 
 
@@ -287,7 +314,7 @@ def orthogonalize(
     for i, g in enumerate(matrices):
         r, c = g.shape[-2:]
         # Small matrices are worth turning, so that a shape and its transpose share one batch.
-        turn = g.device.type != "cpu" or min(r, c) < ns.BLOCKED_FROM
+        turn = g.device.type != "cpu" or r * c <= ns.TURN_UP_TO
         shape = (min(r, c), max(r, c)) if turn else (r, c)
         groups.setdefault((shape, g.dtype, g.device), []).append(i)
     out: list[Tensor] = [torch.empty(0)] * len(matrices)

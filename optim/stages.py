@@ -119,8 +119,8 @@ class Momentum(Stage):
         g, mu = batch.update, batch.hyper["momentum"]
         buf = batch.state["momentum_buffer"]
         if self.style == "ema":
-            buf = buf + (1 - mu) * (g - buf)
-            out = g + mu * (buf - g) if self.nesterov else buf
+            buf = torch.lerp(buf, g, (1 - mu).to(g.dtype))
+            out = torch.lerp(g, buf, mu.to(g.dtype)) if self.nesterov else buf
         else:
             buf = mu * buf + g
             out = g + mu * buf if self.nesterov else buf
@@ -358,10 +358,15 @@ class Scale(Stage):
             return {}
         return {f"scale_{self.rule}": self.factor * SCALE_RULES[self.rule](rows, cols)}
 
+    def factors(self, batch: Batch) -> Tensor | float:
+        """What the update is multiplied by: ``[B, 1, 1]`` or a number."""
+        return self.factor if self.rule == "none" else batch.constants[f"scale_{self.rule}"]
+
     def __call__(self, batch: Batch) -> Batch:
-        if self.rule == "none":
-            return batch.with_(batch.update * self.factor) if self.factor != 1.0 else batch
-        return batch.with_(batch.update * batch.constants[f"scale_{self.rule}"])
+        factor = self.factors(batch)
+        if isinstance(factor, float) and factor == 1.0:
+            return batch
+        return batch.with_(batch.update * factor)
 
 
 @dataclass(frozen=True)

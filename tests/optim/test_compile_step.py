@@ -18,7 +18,7 @@ def pair(name, shapes, **kw):
     return ps, qs, cls(ps, compile=True, **kw), cls(qs, **kw)
 
 
-@pytest.mark.parametrize("name", ["NorMuon", "AdamP"])
+@pytest.mark.parametrize("name", ["NorMuon", "AdamP", "ARO"])
 def test_compiled_equals_eager_and_never_recompiles(name):
     kw = {"weight_decay": 0.1}
     ps, qs, a, b = pair(name, [(6, 10)] * 3, lr=0.05, **kw)

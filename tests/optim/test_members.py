@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from normfuse import optim
+from normfuse.optim import buckets
 from normfuse.optim import coefficients as co
 
 STEPS = 22
@@ -176,6 +177,41 @@ class SWANOracle(Oracle):
         return o * np.linalg.norm(x) / n if n else o
 
 
+class SWANCoupledOracle(Oracle):
+    """Exactly ``iterations`` coupled steps, as a scalar recurrence on squared singular values."""
+
+    def direction(self, g):
+        x = g - g.mean(1, keepdims=True)
+        x = x / (np.sqrt((x**2).mean(1, keepdims=True)) + 1e-8)
+        norm = np.linalg.norm(x)
+        if not norm:
+            return x
+        u, s, vh = np.linalg.svd(x / norm, full_matrices=False)
+        y, z = s**2, np.ones_like(s)
+        for _ in range(10):
+            t = 3 - z * y
+            y, z = y * t / 2, z * t / 2
+        o = (u * (s * z)) @ vh
+        return o * norm / np.linalg.norm(o)
+
+
+class MuonMuPOracle(MuonOracle):
+    """Spectral norm from two power iterations started at the heaviest row of the Gram matrix."""
+
+    def direction(self, g):
+        r, c = g.shape
+        o = polar_map(self.average(g), JORDAN * 5)
+        size = np.linalg.norm(o)
+        if not size:
+            return o
+        x = (o if r <= c else o.T) / size
+        gram = x @ x.T
+        v = gram[np.argmax((gram**2).sum(1))]
+        for _ in range(2):
+            v = gram @ (v / np.linalg.norm(v))
+        return math.sqrt(r / c) * o / (size * math.sqrt(np.linalg.norm(v)))
+
+
 class AdamWOracle(Oracle):
     def direction(self, g):
         m = self.s["m"] = 0.9 * self.s.get("m", 0) + 0.1 * g
@@ -272,6 +308,8 @@ MEMBERS = {
     "SCALE": (optim.SCALE, {}, SCALEOracle),
     "SCALE-head": (optim.SCALE, {"head": True, "lines": "cols"}, SCALEHeadOracle),
     "SinkGD": (optim.SinkGD, {}, SinkGDOracle),
+    "SWAN": (optim.SWAN, {}, SWANCoupledOracle),
+    "MuonMuP": (optim.MuonMuP, {}, MuonMuPOracle),
     "AdamW": (optim.AdamW, {}, AdamWOracle),
     "AdamP": (optim.AdamP, {}, AdamPOracle),
     "SGDP": (optim.SGDP, {"momentum": 0.9, "nesterov": True}, SGDPOracle),
@@ -307,6 +345,36 @@ def test_member_equals_its_oracle(name):
     for k, p in params.items():
         got = p.detach().numpy().reshape(flat[k])
         np.testing.assert_allclose(got, oracles[k].p, rtol=0, atol=2e-7, err_msg=k)
+
+
+@pytest.mark.parametrize("threads_bytes", [1, 400])
+@pytest.mark.parametrize("name", ["NorMuon", "AdamP", "SGDP", "ROOT"])
+def test_portions_of_a_bucket_are_the_bucket(name, threads_bytes, monkeypatch):
+    # eager CPU steps take a few matrices at a time: every way to cut gives the same numbers
+    results = []
+    for size in (2**20, threads_bytes):
+        monkeypatch.setattr(buckets, "CACHE_BYTES", size)
+        rng = np.random.default_rng(3)
+        params = [
+            torch.nn.Parameter(torch.as_tensor(rng.standard_normal((6, 8)))) for _ in range(7)
+        ]
+        stack = torch.nn.Parameter(torch.as_tensor(rng.standard_normal((3, 6, 8))))
+        groups = [{"params": [*params[:4], stack, *params[4:]], "view": "batch"}]
+        opt = getattr(optim, name)(groups, lr=0.03, weight_decay=0.1)
+        for i in range(4):
+            for j, p in enumerate([*params, stack]):
+                p.grad = torch.as_tensor(rng.standard_normal(tuple(p.shape)))
+                if j == 2 and i == 1:
+                    p.grad = None
+                elif j == 5 and i == 2:
+                    p.grad[0, 0] = math.nan
+            opt.step()
+        if size == 1:
+            for bucket in opt._current():
+                assert len(bucket._portions(range(len(bucket.slots)))) == len(bucket.slots)
+        results.append([p.detach().clone() for p in (*params, stack)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", MEMBERS)

@@ -1,5 +1,7 @@
 """``orthogonalize`` against the scalar polynomial applied to a float64 SVD."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from normfuse import optim
 from normfuse.optim import coefficients as co
 from normfuse.optim import newton_schulz as ns
+from normfuse.optim import polar
 
 
 def oracle(g, coefficients="polar_express", steps=5, shrink=None):
@@ -84,6 +87,24 @@ def test_blocked_products(shape, method, name):
         relative(optim.orthogonalize(g.float(), 5, method, coefficients=name), got[0].double())
         < 5e-4
     )
+
+
+def test_block_edges_cover_every_side():
+    for side in range(2, 400):
+        for blocks in range(1, min(8, side) + 1):
+            edges = ns.block_edges(side, blocks)
+            assert len(edges) == blocks + 1 and edges[0] == 0 and edges[-1] == side
+            assert all(a < b for a, b in itertools.pairwise(edges))
+    assert ns.block_edges(768, 6) == list(range(0, 769, 128))
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-13, 1.0, 1e14, 1e18])
+def test_norms_at_every_scale(size):
+    x = matrix((2, 30, 50), "gaussian") * size
+    x[0, 0, 0] = 3 * size  # one more entry than the rest of the row
+    got = polar._norms(x.float())
+    want = torch.linalg.matrix_norm(x.float().double(), keepdim=True)
+    torch.testing.assert_close(got, want, rtol=3e-7, atol=0.0)
 
 
 @pytest.mark.parametrize("dtype,band", [(torch.float16, 2e-2), (torch.bfloat16, 3e-2)])
