@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import ir
+from .errors import Unsupported
 
 aten = torch.ops.aten
 
@@ -129,7 +130,7 @@ def make_explicit(gm: fx.GraphModule, settings: tuple[Autocast, ...] = ()) -> bo
     if not settings and not regions:
         return False
     stack: list[tuple[fx.Node | None, Autocast]] = [(None, s) for s in settings]
-    casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+    casts: dict[tuple, fx.Node] = {}  # by source, dtype and checkpointed region
     memo: dict[tuple, dict[int, torch.dtype]] = {}
     for node in list(graph.nodes):
         if node.op != "call_function":
@@ -144,9 +145,15 @@ def make_explicit(gm: fx.GraphModule, settings: tuple[Autocast, ...] = ()) -> bo
             stack = [(owner, s) for owner, s in stack if owner is not node.args[0]]
             graph.erase_node(node)
             continue
+        current = [s for _, s in stack]
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            if any(s.enabled for s in current):
+                raise Unsupported(
+                    f"{ir.describe(node)} runs under autocast, whose casts inside it are not explicit"
+                )
+            continue
         if not isinstance(node.target, torch._ops.OpOverload) or "val" not in node.meta:
             continue
-        current = [s for _, s in stack]
         if any(s.enabled for s in current):
             key = _memo_key(node, current)
             inputs = [
@@ -157,11 +164,12 @@ def make_explicit(gm: fx.GraphModule, settings: tuple[Autocast, ...] = ()) -> bo
                 memo[key] = {i: observed[n] for i, n in enumerate(inputs) if n in observed}
             for i, to in memo[key].items():
                 source = inputs[i]
-                cast = casts.get((source, to))
+                place = (source, to, node.meta.get("region"))
+                cast = casts.get(place)
                 if cast is None:
                     with graph.inserting_before(node):
                         cast = ir.emit(graph, aten.to.dtype, source, to, like=node)
-                    casts[source, to] = cast
+                    casts[place] = cast
                 node.replace_input_with(source, cast)
         if any(ir.is_tensor(a) for a in node.all_input_nodes):
             ir.set_val(node)

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from . import ir
+from .opaque import may_write, opaque_nodes
 
 aten = torch.ops.aten
 
@@ -97,7 +98,9 @@ def functionalize(gm: fx.GraphModule) -> None:
     """Replace in-place ops by functional ones where that is provably the same; mark the rest."""
     graph = gm.graph
     order = {n: i for i, n in enumerate(graph.nodes)}
-    if not any(_mutated_args(n) for n in order):
+    # opaque ops whose bodies write somewhere: whatever they read may be written
+    opaque = {n for n in opaque_nodes(gm) if may_write(gm, n)}
+    if not opaque and not any(_mutated_args(n) for n in order):
         return
     root: dict[fx.Node, fx.Node] = {}  # node -> node that owns its storage
     members: dict[fx.Node, list[fx.Node]] = {}
@@ -119,6 +122,11 @@ def functionalize(gm: fx.GraphModule) -> None:
                 root[o] = base
 
     for node in list(order):
+        if node in opaque:
+            _mark(node, members.get(owner(node), [node]))
+            for operand in node.all_input_nodes:
+                _mark(node, members.get(owner(operand), [operand]))
+            continue
         targets = _mutated_args(node)
         if not targets:
             continue
@@ -148,11 +156,15 @@ def functionalize(gm: fx.GraphModule) -> None:
                 if _aliases_inputs(user) and new in _aliases_inputs(user):
                     _move_views(user, new, root, members)
             continue
-        for n in members.get(base, [base]):
-            n.meta["mutated"] = True
-            if n.op in ("placeholder", "get_attr"):
-                n.meta["kind"] = "input"  # its value changes: not a weight any more
-        node.meta["mutated"] = True
+        _mark(node, members.get(base, [base]))
+
+
+def _mark(node: fx.Node, shared: list[fx.Node]) -> None:
+    """``node`` writes into the storage of ``shared``."""
+    for n in (node, *shared):
+        n.meta["mutated"] = True
+        if n.op in ("placeholder", "get_attr"):
+            n.meta["kind"] = "input"  # its value changes: not a weight any more
 
 
 def _move_views(

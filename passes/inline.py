@@ -2,7 +2,8 @@
 
 ``with torch.autocast`` becomes enter/exit nodes again (``autocast.py`` turns them into casts);
 ``with torch.no_grad`` becomes its body with detached results, which is the same function with the
-same gradients. Anything else (control flow, checkpoint bodies) stays one opaque node.
+same gradients. A region that only organises compilation (``nested_compile_region``) becomes its body.
+Anything else (control flow…) stays one opaque node; for checkpoints see ``subgraphs.py``.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ def _body(gm: fx.GraphModule, node: fx.Node) -> tuple[Any, list[Any]] | None:
         submodule, operands = node.args[4], list(node.args[5:])
     elif node.target is hops.wrap_with_set_grad_enabled:
         submodule, operands = node.args[1], list(node.args[2:])
+    elif node.target is hops.invoke_subgraph:
+        submodule, operands = node.args[0], list(node.args[2:])
     else:
         return None
     if not (isinstance(submodule, fx.Node) and submodule.op == "get_attr"):
@@ -99,7 +102,7 @@ def _inline(gm: fx.GraphModule, node: fx.Node) -> None:
         if autocast:
             graph.call_function(_EXIT, (region,))
         outputs = list(result) if isinstance(result, (list, tuple)) else [result]
-        if not autocast:
+        if node.target is hops.wrap_with_set_grad_enabled:
             outputs = [
                 ir.emit(graph, aten.detach.default, o, like=o) if ir.is_tensor(o) else o
                 for o in outputs

@@ -41,16 +41,44 @@ class DoubleInterpreter(fx.Interpreter):
         return to_double(super().placeholder(target, args, kwargs))
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return to_double(ir.attribute(self.gm, target))
+        value = ir.attribute(self.gm, target)
+        if isinstance(value, fx.GraphModule):  # the body of a higher-order op
+            return _double_body(value)
+        return to_double(value)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        def promote(a: Any) -> Any:
-            return torch.float64 if isinstance(a, torch.dtype) and a in _LOW else a
-
-        args, kwargs = pytree.tree_map(promote, (args, kwargs))
+        args, kwargs = _promoted(args, kwargs)
         result = super().call_function(target, args, kwargs)
         # factories and embeddings of constants may still produce the default dtype
         return pytree.tree_map(to_double, result)
+
+
+def _promoted(args: Any, kwargs: Any) -> Any:
+    def promote(a: Any) -> Any:
+        return torch.float64 if isinstance(a, torch.dtype) and a in _LOW else a
+
+    return pytree.tree_map(promote, (args, kwargs))
+
+
+def _double_body(body: fx.GraphModule) -> fx.GraphModule:
+    """The body of a higher-order op in float64. Bodies are written in torch, not only in ATen."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(body.graph, {}))
+    double = fx.GraphModule(body, graph)
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            value = ir.attribute(body, node.target)
+            name = node.target = node.target.replace(".", "_")
+            if isinstance(value, fx.GraphModule):
+                double.add_module(name, _double_body(value))
+            else:
+                double.register_buffer(name, to_double(value))
+        elif node.op == "call_method" and node.target in ("float", "half", "bfloat16"):
+            node.target = "double"
+        elif node.op in ("call_function", "call_method"):
+            node.args, node.kwargs = _promoted(node.args, dict(node.kwargs))
+    double.recompile()
+    return double
 
 
 def flat_double(gm: fx.GraphModule, inputs: Sequence[Any], graph: fx.Graph | None = None) -> list:

@@ -29,6 +29,7 @@ from ..passes.errors import NormfuseError, Unsupported
 from ..passes.manager import Context, PassManager
 from ..passes.presets import resolve
 from ..passes.report import Report
+from ..passes.subgraphs import dissolve, emit_dynamo, outline
 from ..passes.weights import WeightCache, mark_recompute, split
 from . import autotune_cache, lower_checks
 from .lower import expand
@@ -83,7 +84,8 @@ def normfuse(
     except _CONTROL_FLOW:
         raise
     except Unsupported as refusal:  # not a failure: there is nothing of ours to do here
-        report.notes.append(f"left to Inductor: {refusal}")
+        # only the sentence: interpreters append the graph's text and a traceback
+        report.notes.append(f"left to Inductor: {refusal}".splitlines()[0])
         program = None
     except Exception as error:
         if settings.strict:
@@ -169,6 +171,7 @@ class Program:
             # tuned plans are chosen inside op bodies, which compile-cache keys do not see
             tag += autotune_cache.fingerprint(_where(inputs))
         expand(self.gm)
+        outline(self.gm, emit_dynamo)
         self.gm.recompile()
         trace_artifact("normfuse_after", lambda: self.gm.print_readable(print_output=False))
         inputs = list(inputs)
@@ -261,8 +264,11 @@ def rewrite_dynamo(
                 name: ConstantSource(f"normfuse_{name}")
                 for name, _ in (*traced.named_parameters(), *traced.named_buffers())
             }
+        if not training:
+            dissolve(traced)
         sites = finish(traced, autocast=ambient())
         report.sites.extend(sites)
+        report.notes += traced.meta["notes"]
         context = Context(
             training=training,
             device=_where(tensors).type,

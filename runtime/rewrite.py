@@ -16,10 +16,11 @@ from torch.utils import _pytree as pytree
 from ..passes import ir
 from ..passes.autocast import ambient, disabled
 from ..passes.capture import capture, checked_args, out_spec, set_attribute
-from ..passes.errors import CaptureError, NormfuseError, VerificationError
+from ..passes.errors import CaptureError, NormfuseError, Unsupported, VerificationError
 from ..passes.manager import Context, Pass, PassManager, copy_graph
 from ..passes.presets import policy_of, resolve
 from ..passes.report import Report
+from ..passes.subgraphs import emit_eager, has_regions, outline
 from ..passes.verify import flat_plain, max_error
 from ..passes.weights import WeightCache, lift, split
 from .signature import Signature
@@ -53,6 +54,7 @@ class Graph:
     def __init__(self, gm: fx.GraphModule, owner: nn.Module, in_spec: pytree.TreeSpec) -> None:
         self.inline, self.names = lift(gm)
         self.inline.recompile()
+        self._train = self._with_regions()
         self.signature = Signature(gm)
         self.in_spec = in_spec
         self.out_spec = out_spec(gm)
@@ -75,6 +77,20 @@ class Graph:
             self._split = module
         return self.cache
 
+    def _with_regions(self) -> fx.GraphModule:
+        """The graph with its checkpointed regions gathered, if it has any."""
+        if not has_regions(self.inline):
+            return self.inline
+        module = fx.GraphModule(self.inline, copy_graph(self.inline.graph))
+        module.meta["regions"] = self.inline.meta["regions"]
+        try:
+            outline(module, emit_eager, weights_inside=True)
+        except Unsupported as refusal:
+            warnings.warn(f"activations will be kept: {refusal}", stacklevel=5)
+            return self.inline
+        module.recompile()
+        return module
+
     def _weights(self, owner: nn.Module) -> list[torch.Tensor]:
         return [
             self.constants[n] if n in self.constants else ir.attribute(owner, n) for n in self.names
@@ -91,7 +107,7 @@ class Graph:
 
     def run(self, owner: nn.Module, flat: Sequence[Any], *, inline: bool) -> list[Any]:
         weights = self._weights(owner)
-        gm = self.inline
+        gm: Any = self._train
         folded: Sequence[torch.Tensor] = ()
         if not inline:
             cache = self.prepare_inference()
@@ -304,6 +320,7 @@ def transform(
     )
     report = Report()
     report.sites.extend(gm.meta.get("near_misses", []))
+    report.notes += gm.meta.get("notes", [])
     if settings.verify:
         gm.meta["example_inputs"] = list(flat)
         before = flat_plain(gm, flat)

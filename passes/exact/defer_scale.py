@@ -122,6 +122,13 @@ class DeferScale(Pass):
             )
         if r.axis != _LAST:
             raise Refuse("a reader takes the rows in pieces", linear.node)
+        region = norm.meta.get("region")
+        if region is not None and linear.node.meta.get("region") != region:
+            raise Refuse(
+                "a reader is outside the checkpointed region of the norm, whose result is what is "
+                "kept between them",
+                linear.node,
+            )
         at, axis = norm, _LAST
         for op in r.path:
             found = result_axis(op, at, axis)

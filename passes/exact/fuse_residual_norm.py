@@ -80,6 +80,12 @@ class FuseResidualNorm(Pass):
             raise Refuse("on CPU Inductor fuses the residual add into the norm by itself")
         if add.meta.get("mutated"):
             raise Refuse("the residual sum is written in place", add)
+        if add.meta.get("region") != node.meta.get("region"):
+            raise Refuse(
+                "the sum and the norm belong to different checkpointed regions, and the sum is what "
+                "is kept between them",
+                add,
+            )
         if len(add.args) != 2 or add.kwargs.get("alpha", 1) != 1:
             raise Refuse("the residual add scales one operand (alpha)", add)
         x, residual = add.args

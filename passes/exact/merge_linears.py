@@ -219,7 +219,8 @@ def _signature(linear: Linear, same: dict[fx.Node, fx.Node]) -> Any:
         others = {}
     family = _FAMILIES.get(linear.layout, linear.layout)
     device = ir.val(weight).device
-    return frozen((family, str(device), ir.dtype(weight), common, others))
+    region = node.meta.get("region")
+    return frozen((family, str(device), ir.dtype(weight), common, others, region))
 
 
 def _difference(odd: Linear, readers: list[Linear]) -> Refuse:
@@ -230,6 +231,8 @@ def _difference(odd: Linear, readers: list[Linear]) -> Refuse:
         ("devices", ir.val(odd.weight).device, ir.val(other.weight).device),
         ("kinds of layer", odd.layout, other.layout),
     ]
+    if odd.node.meta.get("region") != other.node.meta.get("region"):
+        return Refuse("the layers belong to different checkpointed regions", odd.node)
     for what, a, b in facts:
         if a != b:
             return Refuse(f"the layers have different {what}: {a} and {b}", odd.node)
