@@ -2,7 +2,7 @@
 
     python examples/train_lm.py --optimizer NorMuon
     python examples/train_lm.py --optimizer Muon --steps 400 --checkpoint run.pt   # again to resume
-    python examples/train_lm.py --compare Muon NorMuon AdamW --seeds 3             # a table
+    python examples/train_lm.py --compare all --out members.json                   # a table
 
 The text is the reference prose that ships with Python (``pydoc_data.topics``) unless ``--text`` names
 a file. Hidden matrices go to the chosen member, the rest to AdamW in the same optimizer.
@@ -11,8 +11,11 @@ a file. Hidden matrices go to the chosen member, the rest to AdamW in the same o
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import statistics
 import time
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -23,20 +26,20 @@ from tqdm import tqdm
 
 #: Learning rates tried by ``--compare``, per member: the grid is part of the result.
 GRID = {
-    "Muon": (0.01, 0.03),
-    "NorMuon": (0.01, 0.03),
-    "ROOT": (0.003, 0.01),
-    "AuON": (0.1, 0.3),
-    "HybridAuON": (0.03, 0.1),
-    "MuonMuP": (0.01, 0.03),
-    "SCALE": (0.001, 0.003),
-    "SinkGD": (0.03, 0.1),
-    "SWAN": (0.01, 0.03),
-    "AdamW": (0.001, 0.003),
-    "AdamP": (0.001, 0.003),
-    "SGDP": (0.1, 0.3),
-    "Conda": (0.001, 0.003),
-    "ARO": (0.003, 0.01),
+    "Muon": (0.01, 0.03, 0.1),
+    "NorMuon": (0.01, 0.03, 0.1),
+    "ROOT": (0.003, 0.01, 0.03),
+    "AuON": (0.3, 1.0, 3.0),
+    "HybridAuON": (0.1, 0.3, 1.0),
+    "MuonMuP": (0.01, 0.03, 0.1),
+    "SCALE": (0.001, 0.003, 0.01),
+    "SinkGD": (0.03, 0.1, 0.3),
+    "SWAN": (0.001, 0.003, 0.01),
+    "AdamW": (0.001, 0.003, 0.01),
+    "AdamP": (0.001, 0.003, 0.01),
+    "SGDP": (0.1, 0.3, 1.0),
+    "Conda": (0.003, 0.01, 0.03),
+    "ARO": (0.003, 0.01, 0.03),
 }
 ENTRIES = {"SGDP": {"momentum": 0.9, "nesterov": True}, "Conda": {"gap": 50}}
 
@@ -168,21 +171,46 @@ def train(
 
 
 def compare(args: argparse.Namespace) -> None:
+    """Every member at every rate of its grid, the same steps, data and seeds; the best rate's mean."""
+    rows = []
     print(f"{args.steps} steps, {args.seeds} seeds; every learning rate of each grid was run")
-    print(f"{'member':<12}{'lr':>8}{'validation':>12}{'± seeds':>10}{'step ms':>10}   grid")
     for name in args.compare:
-        best = None
+        runs: dict[float, list[float]] = {}
+        times = []
         for lr in GRID[name]:
-            runs = [train(name, lr, args, seed, False) for seed in range(args.seeds)]
-            values = [r[1] for r in runs]
-            found = (statistics.mean(values), lr, values, statistics.median(r[2] for r in runs))
-            best = found if best is None or found[0] < best[0] else best
-        assert best is not None
-        mean, lr, values, ms = best
+            done = [train(name, lr, args, seed, False) for seed in range(args.seeds)]
+            runs[lr] = [d[1] for d in done]
+            times += [d[2] for d in done]
+        finite = {lr: statistics.mean(v) for lr, v in runs.items() if all(map(math.isfinite, v))}
+        best = min(finite, key=finite.__getitem__) if finite else GRID[name][0]
+        values = runs[best]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        edge = best in (GRID[name][0], GRID[name][-1])
+        row = {
+            "member": name,
+            "lr": best,
+            "at the grid's edge": edge,
+            "validation": statistics.mean(values),
+            "deviation": spread,
+            "step ms": statistics.median(times),
+            "runs": {f"{lr:g}": v for lr, v in runs.items()},
+        }
+        rows.append(row)
         print(
-            f"{name:<12}{lr:>8g}{mean:>12.4f}{spread:>10.4f}{ms:>10.2f}   {GRID[name]}", flush=True
+            f"{name:<12}{best:>8g}{row['validation']:>10.4f} ± {spread:.4f}"
+            f"{row['step ms']:>10.2f} ms   {GRID[name]}",
+            flush=True,
         )
+    if args.out:
+        settings = ("steps", "batch", "context", "width", "layers", "seeds", "text")
+        record = {
+            "date": date.today().isoformat(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "settings": {k: getattr(args, k) for k in settings},
+            "members": rows,
+        }
+        Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
 
 
 def main() -> None:
@@ -199,12 +227,15 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="saved every 100 steps; resumed from if it exists")
     parser.add_argument("--plot", help="where to write the loss curve (needs matplotlib)")
     parser.add_argument("--compile", action="store_true", help="compile the optimizer's step")
-    parser.add_argument("--compare", nargs="+", choices=sorted(GRID), metavar="MEMBER")
+    parser.add_argument("--compare", nargs="+", choices=["all", *sorted(GRID)], metavar="MEMBER")
+    parser.add_argument("--out", help="JSON of what --compare found")
     args = parser.parse_args()
     if args.compare:
+        if "all" in args.compare:
+            args.compare = list(GRID)
         compare(args)
         return
-    lr = GRID[args.optimizer][-1] if args.lr is None else args.lr
+    lr = GRID[args.optimizer][1] if args.lr is None else args.lr
     losses, validation, ms = train(args.optimizer, lr, args, 0, True)
     print(f"validation loss {validation:.4f}, optimizer {ms:.2f} ms a step")
     if args.plot:
