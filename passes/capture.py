@@ -27,8 +27,9 @@ from .functionalize import functionalize
 from .inline import inline_regions
 from .opaque import opaque_sites
 from .paths import clean_path, user_frame
+from .recorded import read_marks, recorded_checkpoints, recorded_functions
 from .report import Site
-from .subgraphs import Region, Retrace, read_marks, recorded_checkpoints
+from .subgraphs import Region, Retrace
 
 aten = torch.ops.aten
 
@@ -103,6 +104,11 @@ def finish(
             sites = canonicalize(gm)
             gm.meta["near_misses"] = sites
         inside, gm.meta["notes"] = opaque_sites(gm)
+        if lost := gm.meta.get("functions"):
+            gm.meta["notes"].append(
+                f"the graph knows no backward of the autograd.Function {', '.join(lost)}: it is for "
+                "inference; with gradients enabled the original code runs"
+            )
         sites += inside
         ir.check(gm)
         gm.recompile()
@@ -183,11 +189,16 @@ def export(
     for use_dynamic, strict in attempts:
         shapes = _auto_dims(args, kwargs) if use_dynamic else None
         try:
-            with _quiet(), recorded_checkpoints() as regions:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(_quiet())
+                regions = stack.enter_context(recorded_checkpoints())
+                # strict tracing keeps custom functions whole, as Dynamo does
+                functions = [] if strict else stack.enter_context(recorded_functions())
                 program = torch.export.export(
                     model, args, kwargs, dynamic_shapes=shapes, strict=strict
                 )
             program.graph_module.meta["regions"] = regions
+            program.graph_module.meta["functions"] = functions
             return program
         except Exception as error:
             if isinstance(error, (TypeError, ValueError)) and not errors:
@@ -289,6 +300,7 @@ def from_exported(program: torch.export.ExportedProgram) -> fx.GraphModule:
     gm.meta["range_constraints"] = {str(k): str(v) for k, v in program.range_constraints.items()}
     _drop_dead_lifts(gm)
     read_marks(gm, program.graph_module.meta.get("regions", {}))
+    gm.meta["functions"] = program.graph_module.meta.get("functions", [])
     return gm
 
 

@@ -14,13 +14,10 @@ Three treatments, by what the op means:
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import inspect
 import itertools
 import operator
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,7 +134,7 @@ class Retrace(fx.Interpreter):
     ) -> Any:
         key = len(self._regions)
         self._regions[key] = Region(
-            self._parent, dict(kwargs), dict(body.meta), _provenance(node.meta)
+            self._parent, dict(kwargs), dict(body.meta), provenance_of(node.meta)
         )
         graph = get_proxy_mode().tracer.graph  # type: ignore[union-attr]
         before = len(graph.nodes)
@@ -203,92 +200,8 @@ def _renamed(path: str, old: str, new: str) -> str:
     return new + path[len(old) :] if f"{path}.".startswith(f"{old}.") else path
 
 
-def _provenance(meta: dict[str, Any]) -> dict[str, Any]:
+def provenance_of(meta: dict[str, Any]) -> dict[str, Any]:
     return {k: meta[k] for k in ("nn_module_stack", "stack_trace") if k in meta}
-
-
-# ---------------------------------------------------------------------------------------------
-# Checkpoints met by torch.export
-
-_MARK = "normfuse_region"
-
-
-@contextlib.contextmanager
-def recorded_checkpoints() -> Iterator[dict[int, Region]]:
-    """While active, ``torch.utils.checkpoint`` in this thread marks the nodes traced inside it.
-
-    ``torch.export`` runs the checkpointed function like any other and forgets that it was one.
-    """
-    from torch._higher_order_ops.wrap import tag_activation_checkpoint  # noqa: F401  (loads SAC)
-    from torch.utils import checkpoint as module
-
-    regions: dict[int, Region] = {}
-    stack: list[int] = []
-    original = module._checkpoint_without_reentrant_generator
-    names = list(inspect.signature(original).parameters)
-    owner = threading.get_ident()
-
-    def marked(*args: Any, **kwargs: Any) -> Iterator[None]:
-        given = dict(zip(names, args, strict=False))
-        if threading.get_ident() != owner or not torch.is_grad_enabled():
-            yield from original(*args, **kwargs)
-            return
-        context_fn = given.get("context_fn", module.noop_context_fn)
-        forward = context_fn()[0]
-        selective = isinstance(forward, module._CachingTorchDispatchMode)
-        key = len(regions)
-        regions[key] = Region(
-            stack[-1] if stack else None,
-            {
-                "preserve_rng_state": given.get("preserve_rng_state", True),
-                **({} if context_fn is module.noop_context_fn else {"context_fn": context_fn}),
-                "determinism_check": given.get("determinism_check", "default"),
-            },
-        )
-        stack.append(key)
-        try:
-            # a selective policy decides what is kept, not what is computed: nothing to trace
-            with contextlib.nullcontext() if selective else forward, _marking(key):
-                yield
-        finally:
-            stack.pop()
-
-    module._checkpoint_without_reentrant_generator = marked  # type: ignore[assignment]
-    try:
-        yield regions
-    finally:
-        module._checkpoint_without_reentrant_generator = original
-
-
-@contextlib.contextmanager
-def _marking(key: int) -> Iterator[None]:
-    """Mark the nodes traced inside, but for those of inner regions."""
-    mode = get_proxy_mode()
-    if mode is None:  # a call outside of tracing
-        yield
-        return
-    graph = mode.tracer.graph
-    before = len(graph.nodes)
-    yield
-    for node in itertools.islice(reversed(graph.nodes), len(graph.nodes) - before):
-        custom = node.meta.get("custom", {})
-        if _MARK not in custom:
-            node.meta["custom"] = {**custom, _MARK: key}
-
-
-def read_marks(gm: fx.GraphModule, regions: dict[int, Region]) -> None:
-    """Turn the marks of :func:`recorded_checkpoints` into region tags."""
-    for node in gm.graph.nodes:
-        custom = node.meta.get("custom")
-        if not isinstance(custom, dict) or _MARK not in custom:
-            continue
-        key = custom[_MARK]
-        node.meta["custom"] = {k: v for k, v in custom.items() if k != _MARK}
-        if key in regions and node.op == "call_function":
-            node.meta["region"] = key
-            if not regions[key].provenance:
-                regions[key].provenance = _provenance(node.meta)
-    gm.meta["regions"] = regions
 
 
 # ---------------------------------------------------------------------------------------------

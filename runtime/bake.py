@@ -19,6 +19,7 @@ from ..passes.autocast import disabled
 from ..passes.capture import capture, out_spec, set_attribute
 from ..passes.errors import NormfuseError
 from ..passes.report import Report
+from ..passes.subgraphs import emit_eager, outline
 from ..passes.weights import lift, split
 from .signature import Signature
 
@@ -113,6 +114,8 @@ def bake(
             while name in read or name in folded:
                 name += "_folded"
             folded[name] = tensor.clone()
+    if source.training:
+        outline(lifted, emit_eager)
     lifted.recompile()
     module = BakedModule(
         lifted,

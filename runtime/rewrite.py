@@ -59,6 +59,8 @@ class Graph:
         self.in_spec = in_spec
         self.out_spec = out_spec(gm)
         self.autocast = gm.meta.get("autocast", ())
+        #: custom functions whose backward the capture could not see
+        self.functions: list[str] = gm.meta.get("functions", [])
         # constants that the capture lifted out of the code are not the model's
         self.constants = {
             name: ir.attribute(gm, name) for name in self.names if not ir.has_attribute(owner, name)
@@ -225,12 +227,17 @@ class RewrittenModule(nn.Module):
             if graph is None:
                 return self._source(*args, **kwargs)
         inline = torch.is_grad_enabled()
+        if inline and graph.functions and self._differentiated(flat):
+            self._warn_once(f"the graph has no backward of {', '.join(graph.functions)}")
+            return self._source(*args, **kwargs)
         out = pytree.tree_unflatten(graph.run(self, flat, inline=inline), graph.out_spec)
         return _write_back(args, kwargs, out)
 
     def _forward_compiling(self, flat: list, in_spec: Any, args: Any, kwargs: Any) -> Any:
         """Under ``torch.compile`` or ``torch.export``: the graph inline, weight program and all."""
         for training, graph in self._captured:
+            if graph.functions and torch.is_grad_enabled():
+                continue
             if training == self.training and graph.in_spec == in_spec:
                 return pytree.tree_unflatten(graph.run(self, flat, inline=True), graph.out_spec)
         return self._source(*args, **kwargs)
@@ -243,14 +250,20 @@ class RewrittenModule(nn.Module):
                 )
             graph, report = build(self, self._source, args, kwargs, self._settings)
         except NormfuseError as error:
-            text = str(error)
-            if text not in self._uncapturable:
-                self._uncapturable.add(text)
-                warnings.warn(f"running the original code for this call: {text}", stacklevel=3)
+            self._warn_once(str(error))
             return None
         self.reports.append(report)
         self._add(key, graph)
         return graph
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._uncapturable:
+            self._uncapturable.add(text)
+            warnings.warn(f"running the original code for this call: {text}", stacklevel=4)
+
+    def _differentiated(self, flat: Sequence[Any]) -> bool:
+        tensors = (*self.parameters(), *(x for x in flat if isinstance(x, torch.Tensor)))
+        return any(t.requires_grad for t in tensors)
 
     def _add(self, key: tuple, graph: Graph) -> None:
         self._graphs.setdefault(key, []).append(graph)

@@ -226,7 +226,7 @@ class Nested(nn.Module):
 def test_nested_and_tied_and_dynamic(aot):
     model = Nested().double().train()
     fast = torch.compile(model, backend="normfuse", options=ALWAYS, dynamic=True)
-    for n in (6, 9):
+    for n in (6, 9):  # one graph for both
         ids = torch.arange(2 * n).view(2, n) % 16
         agree(step(fast, model, ids), step(model, model, ids))
     [report] = backend.reports()
@@ -274,6 +274,62 @@ def test_rewritten_checkpoints_compile_again():
 
     torch.compile(new, backend=look, fullgraph=True)(IDS)
     assert seen.count("tag_activation_checkpoint") == 2
+
+
+def test_baked_checkpoints_recompute():
+    model = Decoder(0.4).double().train()
+    new, _ = normfuse.rewrite(model, (IDS,), policy="always", weights="baked", verify=False)
+    names = [type(m) for m in new.graph_module.modules()]
+    assert names.count(subgraphs.Checkpointed) == 2
+    torch.manual_seed(3)
+    ours = new(IDS)
+    torch.manual_seed(3)
+    torch.testing.assert_close(ours, model(IDS), rtol=1e-10, atol=1e-12)
+
+
+def test_reentrant_checkpoints_keep_their_gradients():
+    model = Decoder(0.4).double().train()
+    torch_options, model.checkpointed = {"use_reentrant": True}, False
+    model.blocks = nn.ModuleList([Reentrant(b, torch_options) for b in model.blocks])
+    new, _ = normfuse.rewrite(model, (IDS,), policy="always", inplace=True, verify=False)
+    agree(step(new, model, IDS), step(model, model, IDS))
+
+
+class Reentrant(nn.Module):
+    def __init__(self, block, options):
+        super().__init__()
+        self.block, self.options = block, options
+
+    def forward(self, x):
+        return checkpoint(self.block, x, **self.options)
+
+
+def test_rewrite_runs_the_original_where_a_custom_backward_would_be_lost():
+    def tripled(model, x):  # a backward that is not the derivative of its forward
+        return Tripled.apply(x)
+
+    model = Around(tripled).double().eval()
+    x = torch.randn(2, 5, D, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(x)
+    new, report = normfuse.rewrite(model, (x,), policy="always", inplace=True)
+    assert report.applied and "autograd.Function Tripled" in report.notes[0]
+    with pytest.warns(UserWarning, match="no backward of Tripled"):
+        ours = step(new, model, x)
+    agree(ours, step(model, model, x))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(new(x), expected, rtol=1e-10, atol=1e-12)
+
+
+class Tripled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * g
 
 
 def test_capture_tags_regions_and_runs_them_in_line():
