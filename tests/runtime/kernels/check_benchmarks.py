@@ -1,0 +1,168 @@
+"""The GPU benchmarks, as far as they go without one: what they compare agrees, floors add up."""
+
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
+
+import gpu
+import gpu_models
+import gpu_timing
+import interpreter  # noqa: F401
+import kernels
+import pytest
+import torch
+
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
+
+
+def small_cases():
+    torch.manual_seed(0)
+    yield from kernels.norm_cases(5, 40, CPU, BF16, 132)
+    yield from kernels.product_cases(3, 32, 48, CPU, BF16, 132)
+
+
+@pytest.mark.parametrize("case", small_cases(), ids=lambda c: c.name)
+def test_what_is_timed_is_right(case):
+    args = case.make()
+    good = case.eager(*(t.double() for t in args))
+    ours, eager = case.ours(*args), case.eager(*args)
+    assert gpu_timing.is_right(gpu_timing.worst(ours, good), gpu_timing.worst(eager, good), BF16)
+    for a, b in zip(
+        *((y,) if isinstance(y, torch.Tensor) else y for y in (ours, eager)), strict=True
+    ):
+        assert a.dtype == b.dtype and a.shape == b.shape
+
+
+@pytest.mark.parametrize("case", small_cases(), ids=lambda c: c.name)
+def test_floors_count_every_tensor_once(case):
+    args = case.make()
+    out = case.ours(*args)
+    tensors = [*args, *((out,) if isinstance(out, torch.Tensor) else out)]
+    total = sum(t.nbytes for t in tensors)
+    small = sum(t.nbytes for t in tensors if t.numel() <= 40 * 16)
+    if "backward" in case.name:
+        # x is read by both directions and y is written: beside what comes in and goes out
+        total += 2 * 5 * 40 * 2
+    assert total - small * 1.5 <= case.moved <= total + small
+
+
+def test_wrong_results_are_wrong():
+    case = next(small_cases())
+    args = case.make()
+    good = case.eager(*(t.double() for t in args))
+    eager = gpu_timing.worst(case.eager(*args), good)
+    assert not gpu_timing.is_right(gpu_timing.worst(case.ours(*args) * 1.02, good), eager, BF16)
+    broken = case.ours(*args)
+    broken[0, 0] = float("nan")
+    assert gpu_timing.worst(broken, good) == math.inf
+
+
+def test_buffers_are_larger_than_the_cache():
+    cache = 50 << 20
+    for nbytes in (1 << 20, 30 << 20, 49 << 20, 400 << 20):
+        n = gpu_timing.copies(nbytes, cache)
+        assert n == 64 or (n - 1) * nbytes >= cache or n == 2
+    assert gpu_timing.copies(1, cache) == 64
+
+
+def test_floor_is_the_slower_of_the_two():
+    floors = gpu_timing.Floors(bandwidth=1e12, flops=1e15)
+    assert floors.seconds(2e12, 1e15) == 2.0
+    assert floors.seconds(1e12, 3e15) == 3.0
+
+
+def rows():
+    times = {"ours": 1e-5, "max-autotune": 2e-5, "eager": 3e-5}
+    yield {"name": "rms_norm 4×8", "seconds": times, "floor": 8e-6}
+    yield {"name": "rms_norm 9×8", "seconds": {**times, "ours": 4e-5}, "floor": 8e-6}
+    yield {
+        "name": "bad 4×8",
+        "seconds": {},
+        "floor": 1.0,
+        "wrong": True,
+        "error": 1,
+        "eager_error": 0,
+    }
+
+
+def test_table():
+    lines = gpu_timing.table(list(rows())).splitlines()
+    assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
+    assert "liger" not in lines[0]
+    assert "| 10.0 | 20.0 | 30.0 | 2.00 | 8.0 | 80% |" in lines[2]
+    assert "**wrong**" in lines[4]
+
+
+def test_verdicts():
+    (kind, found), *rest = kernels.verdicts(list(rows())).items()
+    assert kind == "rms_norm" and not rest
+    assert found["lowest"] == pytest.approx(0.5) and found["mean"] == pytest.approx(1.0)
+
+
+TINY = [
+    gpu_models.Spec("gpt", 32, 2, 4, 4, 128, 50),
+    gpu_models.Spec("llama", 32, 2, 4, 2, 40, 50, rms=True),
+    gpu_models.Spec("vit", 32, 2, 4, 4, 128, 0, causal=False, patch=12),
+]
+
+
+@pytest.mark.parametrize("spec", TINY, ids=lambda s: s.name)
+def test_models(spec):
+    model = spec.build()
+    x = spec.inputs(7, "cpu", torch.float32)
+    assert model(x).shape == (1, 7, spec.vocabulary or 1000)
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    assert spec.product_weights() == weights
+    model = model.to(BF16)
+    x = spec.inputs(7, "cpu", BF16)
+    (truth,) = gpu_models.reference(spec, model, x, training=False)
+    assert gpu_timing.worst(model(x), truth) < 0.1
+    parameters = list(model.parameters())
+    found = gpu_models._compared(gpu_models.step(model, parameters, x))
+    truth = gpu_models.reference(spec, model, x, training=True)
+    assert found[1].shape == truth[1].shape
+    assert torch.nn.functional.cosine_similarity(found[1].double(), truth[1].double(), 0) > 0.95
+
+
+def test_sizes_are_what_the_names_say():
+    millions = {s.name: s.product_weights() / 1e6 for s in gpu_models.SPECS}
+    assert 340 < millions["GPT-2-medium-like"] < 370
+    assert 1200 < millions["Llama-1B-like"] < 1300
+    assert 295 < millions["ViT-L-like"] < 310
+
+
+def test_model_floors():
+    floors, spec = gpu_timing.Floors(3e12, 6e14), gpu_models.SPECS[1]
+    few, many = (gpu_models.floor(spec, t, floors, False) for t in (1, 2048))
+    assert few == pytest.approx(spec.product_weights() * 2 / 3e12) and many > few
+    assert gpu_models.floor(spec, 2048, floors, True) == pytest.approx(3 * many)
+
+
+def test_summary():
+    def row(name, ratio):
+        return {"name": name, "seconds": {"ours": 1.0, "max-autotune": ratio}}
+
+    found = gpu_models.summary(
+        [row("a, inference, 1 tokens", 2.0), row("a, inference, 64 tokens", 0.5),
+         row("a, inference, 2048 tokens", 0.4), row("a, training step, 2048 tokens", 3.0)]
+    )  # fmt: skip
+    assert found["mean_few_tokens"] == pytest.approx(1.0) and found["lowest"] == 0.4
+
+
+def test_one_command_runs_both():
+    for command in gpu.commands(quick=True):
+        assert Path(command[1]).is_file() and "--quick" in command
+
+
+@pytest.mark.parametrize("script", [kernels, gpu_models, gpu], ids=lambda m: m.__name__)
+def test_without_a_gpu(script, capsys):
+    with pytest.raises(SystemExit, match="no GPU here"):
+        script.main(["--quick"])
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    assert "--quick" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        script.main(["--unknown"])
