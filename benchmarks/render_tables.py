@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -88,13 +89,133 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
     return out
 
 
+def zoo_section(result: dict[str, Any]) -> str:
+    bullets = "\n".join(f"- {line}" for line in summary_lines(result))
+    return f"{zoo_table(result)}\n\n{bullets}"
+
+
+#: Figures of one training run: heading, key, format.
+RESCALING_COLUMNS = (
+    ("loss, bits/byte", "loss", ".3f"),
+    ("W8A8 lost", "w8a8_lost", "+.4f"),
+    ("W4A4 lost", "w4a4_lost", "+.3f"),
+    ("stream max/median", "stream_max_to_median", ".1f"),
+    ("top channel's energy", "stream_top_share", ".2f"),
+    ("linear input peak/rms", "linear_peak", ".1f"),
+    ("first-key mass", "first_key_mass", ".2f"),
+)
+
+
+def rescaling_table(seeds: list[dict[str, Any]]) -> str:
+    """Mean ± standard deviation over seeds, one line per kind of model."""
+    lines = [
+        "| model | " + " | ".join(c for c, _, _ in RESCALING_COLUMNS) + " |",
+        "| --- |" + " ---: |" * len(RESCALING_COLUMNS),
+    ]
+    for name in seeds[0]["rows"]:
+        cells = []
+        for _, key, spec in RESCALING_COLUMNS:
+            values = [r["rows"][name][key] for r in seeds]
+            spread = f" ± {statistics.stdev(values):{spec.lstrip('+')}}" if len(values) > 1 else ""
+            cells.append(format(statistics.fmean(values), spec) + spread)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def paired(seeds: list[dict[str, Any]], key: str) -> tuple[float, float]:
+    """Mean and standard deviation over seeds of gated minus plain (same seed, same data)."""
+    d = [r["rows"]["gated"][key] - r["rows"]["plain"][key] for r in seeds]
+    return statistics.fmean(d), statistics.stdev(d) if len(d) > 1 else float("nan")
+
+
+def growth(seeds: list[dict[str, Any]]) -> str:
+    """The largest stream channel over the median, at quarters of the training, mean over seeds."""
+    out = []
+    for name in ("plain", "gated"):
+        points = zip(*(r["history"][name] for r in seeds), strict=True)
+        figures = [statistics.fmean(p["stream_max_to_median"] for p in ps) for ps in points]
+        out.append(f"{name} {', '.join(f'{f:.1f}' for f in figures)}")
+    return "; ".join(out)
+
+
+def rescaling_section(result: dict[str, Any]) -> str:
+    parts = []
+    for title, regime in result["regimes"].items():
+        s = result["settings"] | regime["changes"]
+        seeds = list(regime["seeds"].values())
+        loss, loss_sd = paired(seeds, "loss")
+        low, low_sd = paired(seeds, "w4a4_lost")
+        late = [r["rows"]["gates added late"] for r in seeds]
+        same = all(r["bit_identical_at_insertion"] for r in late)
+        parts += [
+            f"**{title}**: {len(seeds)} seeds, {s['depth']} blocks of width {s['d']}, "
+            f"{s.get('steps', result['steps'])} steps of {s['batch']}×{s['length']} bytes, "
+            f"learning rate {s['lr']:g}, weight decay {s['decay']:g}.",
+            rescaling_table(seeds),
+            f"Gated minus plain, by seed: loss {loss:+.3f} ± {loss_sd:.3f}, "
+            f"W4A4 loss {low:+.3f} ± {low_sd:.3f} bits/byte. Gates inserted into the trained plain "
+            f"model leave its output {'bit for bit as it was' if same else 'CHANGED'}. Stream "
+            f"max/median at each quarter of the training: {growth(seeds)}.",
+        ]
+    if tried := result.get("search"):
+        worst = max(tried, key=lambda r: r["stream_max_to_median"])
+        changed = ", ".join(f"{k} {v:g}" for k, v in worst["changes"].items())
+        parts.append(
+            f"{len(tried)} further plain runs looked for settings that grow a sink (`--search`); none "
+            f"reached the 20× that counts as one. Closest: {worst['stream_max_to_median']:.1f}× "
+            f"({changed})."
+        )
+    return "\n\n".join(parts)
+
+
+def gating_section(result: dict[str, Any]) -> str:
+    lines = [
+        "| what | backend | plain ms | gated ms | gated/plain [quartiles] | kept for backward, MB |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    notes = []
+    for name, rows in result["results"].items():
+        for backend, r in rows.items():
+            if not isinstance(r, dict):
+                continue
+            if "failed" in r:
+                lines.append(f"| {name} | {backend} | failed | | | |")
+                continue
+            low, high = r["quartiles"]
+            kept = f"{r['plain_saved_bytes'] / 1e6:.1f} → {r['gated_saved_bytes'] / 1e6:.1f}"
+            lines.append(
+                f"| {name} | {backend} | {r['plain_ms']:.2f} | {r['gated_ms']:.2f} "
+                f"| {r['ratio']:.3f} [{low:.3f}, {high:.3f}] | {kept} |"
+            )
+        extra = rows["new_parameter_bytes"] / rows["parameter_bytes"]
+        notes.append(f"{name}: {100 * extra:.1f} % more bytes of parameters")
+    tokens = "×".join(map(str, result["tokens"]))
+    return (
+        f"One training step, width {result['width']}, {tokens} tokens.\n\n"
+        + "\n".join(lines)
+        + f"\n\n{'; '.join(notes[1:])}."
+    )
+
+
+#: By the result's ``kind``: how it is rendered.
+SECTIONS = {"zoo": zoo_section, "gated_rescaling": rescaling_section, "gating": gating_section}
+
+#: What fills a section that has no result yet, by the start of its name.
+SCRIPTS = {
+    "gated_rescaling": "examples/gated_rescaling.py",
+    "gating": "benchmarks/gating.py",
+    "": "benchmarks/model_zoo.py",
+}
+
+
 def section(name: str) -> str:
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
     if not path.is_file():
-        return "Not measured yet; `python benchmarks/model_zoo.py` fills this section.\n"
+        script = next(s for start, s in SCRIPTS.items() if name.startswith(start))
+        return f"Not measured yet; `python {script}` fills this section.\n"
     result = json.loads(path.read_text("utf-8"))
-    bullets = "\n".join(f"- {line}" for line in summary_lines(result))
-    return f"{environment_line(result)}\n\n{zoo_table(result)}\n\n{bullets}\n"
+    body = SECTIONS[result.get("kind", "zoo")](result)
+    return f"{environment_line(result)}\n\n{body}\n"
 
 
 def fill(text: str) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ..passes import ir
-from ..passes.axis import is_dropout
+from ..passes.extend.attention import product_of_softmax
 from ..passes.linear import linear_names, match_linear
 from ..passes.residual import streams
 from .statistics import Attention
@@ -25,16 +25,6 @@ aten = torch.ops.aten
 KINDS = ("stream", "linear", "norm", "attention")
 
 _SOFTMAX = (aten.softmax, aten._softmax, aten._safe_softmax)
-_PASS_THROUGH = (
-    aten.to,
-    aten._to_copy,
-    aten.contiguous,
-    aten.clone,
-    aten.expand,
-    aten.view,
-    aten.reshape,
-    aten._unsafe_view,
-)
 
 
 @dataclass
@@ -186,21 +176,8 @@ def _attention(gm: fx.GraphModule, order: dict[fx.Node, int]) -> list[Probe]:
 
 def values_of_softmax(node: fx.Node) -> fx.Node | None:
     """The value operand of a written-out attention whose weights ``node`` computes."""
-    shape = ir.shape(node)
-    dim = node.args[1]
-    if len(shape) not in (3, 4) or dim not in (-1, len(shape) - 1):
-        return None
-    cur = node
-    while True:
-        users = [u for u in cur.users if u.op == "call_function"]
-        for user in users:
-            if ir.is_call(user, aten.matmul, aten.bmm) and user.args[0] is cur:
-                other = user.args[1]
-                return None if ir.is_weight_expr(other) else other
-        onward = [u for u in users if is_dropout(u) or ir.is_call(u, *_PASS_THROUGH)]
-        if len(onward) != 1:
-            return None
-        cur = onward[0]
+    product = product_of_softmax(node)
+    return None if product is None else product.args[1]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Trainable rescalings of attention outputs; the attention kernel itself is not touched.
+"""Trainable rescalings of attention outputs; the attention itself, fused or written out, is not touched.
 
 Sources: "Gated attention for large language models" (position G1) and "Affine-scaled attention".
 """
@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from .. import ir
+from ..axis import is_dropout
 from ..errors import NormfuseError, Refuse
 from ..linear import match_linear
 from ..manager import Context, register
@@ -23,6 +24,8 @@ aten = torch.ops.aten
 nf = torch.ops.normfuse
 
 _SDPA = aten.scaled_dot_product_attention
+_SOFTMAX = (aten.softmax, aten._softmax, aten._safe_softmax)
+_PRODUCTS = (aten.matmul, aten.bmm, aten.baddbmm)
 _VIEWS = (aten.view, aten.reshape, aten._unsafe_view, aten.flatten)
 
 
@@ -33,12 +36,50 @@ def _sdpa_args(node: fx.Node) -> dict[str, Any]:
     return {**given, **node.kwargs}
 
 
+_PASS_THROUGH = (*_VIEWS, aten.to, aten._to_copy, aten.contiguous, aten.clone, aten.expand)
+
+
+def product_of_softmax(node: fx.Node) -> fx.Node | None:
+    """``softmax(…)·V`` of a written-out attention, for its softmax ``node``; ``None`` if it is none."""
+    shape = ir.shape(node)
+    if len(shape) not in (3, 4) or node.args[1] not in (-1, len(shape) - 1):
+        return None
+    cur = node
+    while True:
+        users = [u for u in cur.users if u.op == "call_function"]
+        for user in users:
+            if ir.is_call(user, aten.matmul, aten.bmm) and user.args[0] is cur:
+                return None if ir.is_weight_expr(user.args[1]) else user
+        onward = [u for u in users if is_dropout(u) or ir.is_call(u, *_PASS_THROUGH)]
+        if len(onward) != 1:
+            return None
+        cur = onward[0]
+
+
+def query_of(node: fx.Node) -> fx.Node:
+    """The queries of an attention: of a fused call, or of the logits of a written-out one."""
+    if ir.is_call(node, _SDPA):
+        return _sdpa_args(node)["query"]
+    stack, seen = [node.args[0]], {node.args[0]}
+    while stack:
+        n = stack.pop(0)
+        if ir.is_call(n, *_PRODUCTS):
+            left, right = n.args[-2:]
+            if not ir.is_weight_expr(left) and not ir.is_weight_expr(right):
+                return left
+        for a in n.all_input_nodes:
+            if a not in seen:
+                seen.add(a)
+                stack.append(a)
+    raise Refuse("the logits of the attention are no product of queries and keys", node)
+
+
 def query_source(node: fx.Node) -> fx.Node:
     """What the queries of an attention are computed from: the input of their linear layer.
 
     A value ``(batch, tokens, d)`` whose batch and tokens are the attention output's.
     """
-    query = _sdpa_args(node)["query"]
+    query = query_of(node)
     found: list[fx.Node] = []
     stack, seen = [query], {query}
     while stack:
@@ -81,12 +122,16 @@ def _static(node: fx.Node, dim: int, what: str) -> int:
 
 
 class _AttentionExtension(ExtendPass):
-    """Sites are the fused attention calls, keyed by module path."""
+    """Sites are the attentions (fused calls, or ``softmax(…)·V``), keyed by module path."""
 
     def candidates(self, gm: fx.GraphModule) -> Iterable[tuple[str, fx.Node, str]]:
         seen: dict[str, int] = {}
         for node in gm.graph.nodes:
-            if not ir.is_call(node, _SDPA):
+            if ir.is_call(node, *_SOFTMAX):
+                node = product_of_softmax(node)
+                if node is None:
+                    continue
+            elif not ir.is_call(node, _SDPA):
                 continue
             path = ir.module_path(node) or node.name
             n = seen[path] = seen.get(path, -1) + 1
@@ -98,7 +143,7 @@ class _AttentionExtension(ExtendPass):
 
         One set per query projection, so that tied layers share theirs.
         """
-        query = _sdpa_args(key_node)["query"]
+        query = query_of(key_node)
         stack, seen = [query], {query}
         names = set()
         while stack:
@@ -207,6 +252,12 @@ class AffineScaledAttention(_AttentionExtension):
 
     def plan(self, gm: fx.GraphModule, node: fx.Node, context: Context) -> Callable[[], None]:
         _refuse_extended(node)
+        if not ir.is_call(node, _SDPA):
+            raise Refuse(
+                "the attention is written out, its mask is part of its logits: which keys are "
+                "visible is not known (load the model with fused attention)",
+                node,
+            )
         x = query_source(node)
         given = _sdpa_args(node)
         value, mask, causal = given["value"], given["attn_mask"], bool(given["is_causal"])
