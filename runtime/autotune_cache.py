@@ -1,7 +1,7 @@
 """Tuned plans on disk: looked up while a graph is traced, never measured there.
 
 Measuring inside a compile or a CUDA-graph capture would synchronize and make results depend on the
-moment, so tuning is a separate, explicit act (:func:`tune`, used by ``benchmarks/gpu_kernels.py``).
+moment, so tuning is a separate, explicit act (:func:`tune`, used by ``benchmarks/kernels.py``).
 A missing, unreadable or foreign cache file means the heuristics of ``kernels/plans.py``.
 
 One JSON file per device, triton version and kernel-source version; writers replace it atomically

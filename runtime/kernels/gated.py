@@ -17,6 +17,9 @@ import triton.language as tl
 
 from .norm import affine, round_to
 
+# Helpers take what belongs together as tuples: ``at`` = (rows, columns, their masks), ``vectors`` =
+# (gain, bias), ``CASTS`` = (has gain, has bias, rounding of the norm, of the gain, of the bias).
+
 
 @triton.jit
 def load_rows(x, r, c, stride, r_mask, c_mask):
@@ -37,6 +40,17 @@ def load_down(down, c, k, cols, rank, c_mask):
     """``down`` (``[r, d]``) as ``[rank, columns]``."""
     mask = (k[:, None] < rank) & c_mask[None, :]
     return tl.load(down + k[:, None] * cols + c[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_normed(x, vectors, rstd, at, stride, CASTS):
+    """Of a chunk of columns: normalized x, and y after gain and bias, both float32."""
+    r, c, r_mask, c_mask = at
+    h = load_rows(x, r, c, stride, r_mask, c_mask) * rstd[:, None]
+    y = affine(
+        h, vectors[0], vectors[1], c, c_mask, CASTS[0], CASTS[1], CASTS[2], CASTS[3], CASTS[4]
+    )
+    return h, y
 
 
 @triton.jit
@@ -71,6 +85,8 @@ def gated_fwd(
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     k = tl.arange(0, BLOCK_K)
     r_mask = r < rows
+    vectors = (gain, bias)
+    CASTS = (HAS_GAIN, HAS_BIAS, NORM_DT, GAIN_DT, BIAS_DT)
     total = tl.zeros((BLOCK_R,), tl.float32)
     for start in range(0, cols, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
@@ -82,8 +98,7 @@ def gated_fwd(
     for start in range(0, cols, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         c_mask = c < cols
-        h = load_rows(x, r, c, x_stride, r_mask, c_mask) * rstd[:, None]
-        y = affine(h, gain, bias, c, c_mask, HAS_GAIN, HAS_BIAS, NORM_DT, GAIN_DT, BIAS_DT)
+        _, y = load_normed(x, vectors, rstd, (r, c, r_mask, c_mask), x_stride, CASTS)
         d = load_down(down, c, k, cols, rank, c_mask).to(dtype)
         t = tl.dot(y.to(dtype), tl.trans(d), t, input_precision=PRECISION)
     mask = r_mask[:, None] & (k[None, :] < rank)
@@ -92,8 +107,7 @@ def gated_fwd(
     for start in range(0, cols, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         c_mask = c < cols
-        h = load_rows(x, r, c, x_stride, r_mask, c_mask) * rstd[:, None]
-        y = affine(h, gain, bias, c, c_mask, HAS_GAIN, HAS_BIAS, NORM_DT, GAIN_DT, BIAS_DT)
+        _, y = load_normed(x, vectors, rstd, (r, c, r_mask, c_mask), x_stride, CASTS)
         u = load_up(up, c, k, rank, c_mask).to(dtype)
         z = tl.dot(s, tl.trans(u), input_precision=PRECISION)
         y = round_to(y, OUT_DT) * (GATE * tl.sigmoid(z))
@@ -102,38 +116,47 @@ def gated_fwd(
 
 
 @triton.jit
-def recompute(
-    x,
-    dout,
-    gain,
-    bias,
-    up,
-    s,
-    rstd,
-    r,
-    c,
-    r_mask,
-    c_mask,
-    k,
-    rank,
-    x_stride,
-    do_stride,
-    GATE: tl.constexpr,
-    HAS_GAIN: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    NORM_DT: tl.constexpr,
-    GAIN_DT: tl.constexpr,
-    BIAS_DT: tl.constexpr,
-    PRECISION: tl.constexpr,
+def gate_chunk(
+    x, dout, vectors, up, s, rstd, at, k, rank, strides, GATE: tl.constexpr, CASTS, PRECISION
 ):
-    """Of a chunk of columns: normalized x, y, the gradient straight through the gate, and the
-    gradient of the gate's pre-activation."""
-    h = load_rows(x, r, c, x_stride, r_mask, c_mask) * rstd[:, None]
-    y = affine(h, gain, bias, c, c_mask, HAS_GAIN, HAS_BIAS, NORM_DT, GAIN_DT, BIAS_DT)
-    do = load_rows(dout, r, c, do_stride, r_mask, c_mask)
+    """Of a chunk of columns, recomputed: normalized x, y, the gradient straight through the gate,
+    the gradient of the gate's pre-activation, and the piece of ``up``."""
+    r, c, r_mask, c_mask = at
+    h, y = load_normed(x, vectors, rstd, at, strides[0], CASTS)
+    do = load_rows(dout, r, c, strides[1], r_mask, c_mask)
     u = load_up(up, c, k, rank, c_mask).to(s.dtype)
     g = tl.sigmoid(tl.dot(s, tl.trans(u), input_precision=PRECISION))
     return h, y, do * (GATE * g), do * y * (GATE * g * (1.0 - g)), u
+
+
+@triton.jit
+def row_chunk(
+    x,
+    dout,
+    vectors,
+    down,
+    up,
+    s,
+    dt,
+    rstd,
+    at,
+    k,
+    cols,
+    rank,
+    strides,
+    GATE: tl.constexpr,
+    CASTS,
+    PRECISION,
+):
+    """Of a chunk of columns: normalized x, and the gradient that reaches it."""
+    h, _y, dy, _dz, _u = gate_chunk(
+        x, dout, vectors, up, s, rstd, at, k, rank, strides, GATE, CASTS, PRECISION
+    )
+    d = load_down(down, at[1], k, cols, rank, at[3]).to(s.dtype)
+    w = tl.dot(dt, d, dy, input_precision=PRECISION)
+    if CASTS[0]:
+        w = w * tl.load(vectors[0] + at[1], mask=at[3], other=0.0).to(tl.float32)[None, :]
+    return h, w
 
 
 @triton.jit
@@ -170,6 +193,9 @@ def gated_bwd_rows(
     k = tl.arange(0, BLOCK_K)
     r_mask = r < rows
     t_mask = r_mask[:, None] & (k[None, :] < rank)
+    vectors = (gain, bias)
+    strides = (x_stride, do_stride)
+    CASTS = (HAS_GAIN, HAS_BIAS, NORM_DT, GAIN_DT, BIAS_DT)
     rstd = tl.load(stats + r, mask=r_mask, other=0.0)
     t = tl.load(t_in + r[:, None] * rank + k[None, :], mask=t_mask, other=0.0)
     sig = tl.sigmoid(t)
@@ -177,29 +203,9 @@ def gated_bwd_rows(
     ds = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     for start in range(0, cols, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
-        _h, _y, _dy, dz, u = recompute(
-            x,
-            dout,
-            gain,
-            bias,
-            up,
-            s,
-            rstd,
-            r,
-            c,
-            r_mask,
-            c < cols,
-            k,
-            rank,
-            x_stride,
-            do_stride,
-            GATE,
-            HAS_GAIN,
-            HAS_BIAS,
-            NORM_DT,
-            GAIN_DT,
-            BIAS_DT,
-            PRECISION,
+        at = (r, c, r_mask, c < cols)
+        _h, _y, _dy, dz, u = gate_chunk(
+            x, dout, vectors, up, s, rstd, at, k, rank, strides, GATE, CASTS, PRECISION
         )
         ds = tl.dot(dz.to(dtype), u, ds, input_precision=PRECISION)
     dt = ds * (sig * (1.0 + t * (1.0 - sig)))
@@ -208,71 +214,21 @@ def gated_bwd_rows(
     total = tl.zeros((BLOCK_R,), tl.float32)
     for start in range(0, cols, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
-        c_mask = c < cols
-        h, _y, dy, _dz, _u = recompute(
-            x,
-            dout,
-            gain,
-            bias,
-            up,
-            s,
-            rstd,
-            r,
-            c,
-            r_mask,
-            c_mask,
-            k,
-            rank,
-            x_stride,
-            do_stride,
-            GATE,
-            HAS_GAIN,
-            HAS_BIAS,
-            NORM_DT,
-            GAIN_DT,
-            BIAS_DT,
-            PRECISION,
-        )
-        d = load_down(down, c, k, cols, rank, c_mask).to(dtype)
-        w = tl.dot(dt, d, dy, input_precision=PRECISION)
-        if HAS_GAIN:
-            w = w * tl.load(gain + c, mask=c_mask, other=0.0).to(tl.float32)[None, :]
+        at = (r, c, r_mask, c < cols)
+        h, w = row_chunk(
+            x, dout, vectors, down, up, s, dt, rstd, at, k, cols, rank, strides, GATE, CASTS, PRECISION
+        )  # fmt: skip
         total += tl.sum(w * h, axis=1)
     total = total / cols
     for start in range(0, cols, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
-        c_mask = c < cols
-        h, _y, dy, _dz, _u = recompute(
-            x,
-            dout,
-            gain,
-            bias,
-            up,
-            s,
-            rstd,
-            r,
-            c,
-            r_mask,
-            c_mask,
-            k,
-            rank,
-            x_stride,
-            do_stride,
-            GATE,
-            HAS_GAIN,
-            HAS_BIAS,
-            NORM_DT,
-            GAIN_DT,
-            BIAS_DT,
-            PRECISION,
-        )
-        d = load_down(down, c, k, cols, rank, c_mask).to(dtype)
-        w = tl.dot(dt, d, dy, input_precision=PRECISION)
-        if HAS_GAIN:
-            w = w * tl.load(gain + c, mask=c_mask, other=0.0).to(tl.float32)[None, :]
+        at = (r, c, r_mask, c < cols)
+        h, w = row_chunk(
+            x, dout, vectors, down, up, s, dt, rstd, at, k, cols, rank, strides, GATE, CASTS, PRECISION
+        )  # fmt: skip
         w = (w - h * total[:, None]) * rstd[:, None]
-        at = r[:, None] * cols + c[None, :]
-        tl.store(dx + at, w, mask=r_mask[:, None] & c_mask[None, :])
+        mask = r_mask[:, None] & (c[None, :] < cols)
+        tl.store(dx + r[:, None] * cols + c[None, :], w, mask=mask)
 
 
 @triton.jit
@@ -316,6 +272,9 @@ def gated_bwd_columns(
     part = tl.program_id(1).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     c_mask = c < cols
+    vectors = (gain, bias)
+    strides = (x_stride, do_stride)
+    CASTS = (HAS_GAIN, HAS_BIAS, NORM_DT, GAIN_DT, BIAS_DT)
     d = load_down(down, c, k, cols, rank, c_mask).to(dtype)
     sum_g = tl.zeros((BLOCK_C,), tl.float32)
     sum_b = tl.zeros((BLOCK_C,), tl.float32)
@@ -331,29 +290,9 @@ def gated_bwd_columns(
         t = tl.load(t_in + r[:, None] * rank + k[None, :], mask=t_mask, other=0.0)
         s = (t * tl.sigmoid(t)).to(dtype)
         dt = tl.load(dt_in + r[:, None] * rank + k[None, :], mask=t_mask, other=0.0).to(dtype)
-        h, y, dy, dz, _u = recompute(
-            x,
-            dout,
-            gain,
-            bias,
-            up,
-            s,
-            rstd,
-            r,
-            c,
-            r_mask,
-            c_mask,
-            k,
-            rank,
-            x_stride,
-            do_stride,
-            GATE,
-            HAS_GAIN,
-            HAS_BIAS,
-            NORM_DT,
-            GAIN_DT,
-            BIAS_DT,
-            PRECISION,
+        at = (r, c, r_mask, c_mask)
+        h, y, dy, dz, _u = gate_chunk(
+            x, dout, vectors, up, s, rstd, at, k, rank, strides, GATE, CASTS, PRECISION
         )
         # a bias makes y of rows beyond the end non-zero, but their dt, dz and dy are zero
         sum_up = tl.dot(tl.trans(dz.to(dtype)), s, sum_up, input_precision=PRECISION)

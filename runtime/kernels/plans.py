@@ -66,9 +66,10 @@ def norm_backward(rows: Any, cols: Any, processors: int) -> NormPlan:
         block_c = next_power_of_2(cols)
         block_r = max(min(_TILE_ELEMENTS // 2 // block_c, 16), 1)
         programs = processors * 2
+        warps = max(_warps(2 * block_r * block_c), 8 if block_c >= 1024 else 1)
         if _static(rows):
             programs = max(min(programs, cdiv(rows, block_r)), 1)
-        return NormPlan("tile", block_r, block_c, _warps(2 * block_r * block_c), programs)
+        return NormPlan("tile", block_r, block_c, warps, programs)
     parts = 16
     if _static(rows):
         parts = max(min(parts, cdiv(rows, 32)), 1)
@@ -106,7 +107,8 @@ def gemm(
     if _static(m) and m <= 64:
         block_m = 16 if m <= 16 else 32 if m <= 32 else 64
         block_n = 32 if block_m == 64 and dual else 64
-        block_k = 64 if wide else 128
+        # float32 multiplies without tensor cores: a taller tile has no registers left for a deep one
+        block_k = 128 if not wide else 64 if block_m < 64 else 32
         splits = 1
         if _static(n) and _static(k):
             tiles = cdiv(n, block_n) * cdiv(m, block_m)
@@ -148,6 +150,8 @@ def gated(rows: Any, cols: Any, rank: int, processors: int, backward: bool = Fal
     parts = 16
     if _static(rows):
         parts = max(min(parts, cdiv(rows, 64)), 1)
-    # backward keeps two accumulators of [columns, rank]: more warps instead of spilled registers
-    warps = 8 if backward else 4
-    return GatedPlan(16, block_c, block_k, warps, parts)
+    if backward:
+        # two accumulators of [columns, rank] beside the recomputed chunk: half the columns, so that
+        # no target spills registers
+        block_c = 32
+    return GatedPlan(16, block_c, block_k, 4, parts)

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,13 +89,20 @@ class Case:
 
 @dataclass(frozen=True)
 class Resources:
-    """Per thread registers and spilled bytes; per program shared memory bytes."""
+    """Per thread registers and spilled bytes; per program shared memory bytes.
+
+    ``mix`` counts the matrix instructions in the code by name, ``instructions`` all of them.
+    """
 
     registers: int
     spills: int
     shared: int
-    tensor_core: int
+    mix: dict[str, int]
     instructions: int
+
+    @property
+    def tensor_core(self) -> int:
+        return sum(self.mix.values())
 
 
 def cases(dtype: str) -> Iterator[Case]:
@@ -198,18 +206,22 @@ def cases(dtype: str) -> Iterator[Case]:
         4,
     )  # fmt: skip
     for rank in (16, 64):
-        p, back = (plans.gated(4096, 4096, rank, 132, backward=b) for b in (False, True))
-        common = {
-            "GATE": 2.0, "HAS_GAIN": True, "HAS_BIAS": True, **casts, "PRECISION": "ieee",
-            "BLOCK_R": p.block_r, "BLOCK_C": p.block_c, "BLOCK_K": p.block_k,
-        }  # fmt: skip
         for kernel, more in (
             (gated.gated_fwd, {"EPS": 1e-6, "OUT_DT": rounding}),
             (gated.gated_bwd_rows, {}),
             (gated.gated_bwd_columns, {}),
         ):
-            warps = (p if kernel is gated.gated_fwd else back).num_warps
-            yield Case(kernel, f"rank {rank}", dtype, {**common, **more}, warps, 3, True)
+            p = plans.gated(4096, 4096, rank, 132, backward=kernel is not gated.gated_fwd)
+            yield Case(
+                kernel,
+                f"rank {rank}",
+                dtype,
+                {"GATE": 2.0, "HAS_GAIN": True, "HAS_BIAS": True, **casts, "PRECISION": "ieee",
+                 "BLOCK_R": p.block_r, "BLOCK_C": p.block_c, "BLOCK_K": p.block_k, **more},
+                p.num_warps,
+                3,
+                True,
+            )  # fmt: skip
 
 
 def build(case: Case, target: str) -> Any:
@@ -243,6 +255,10 @@ def _tool(name: str) -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
+def _count(pattern: str, code: str) -> dict[str, int]:
+    return dict(sorted(Counter(re.findall(pattern, code, re.M)).items()))
+
+
 def read(compiled: Any, target: str) -> Resources:
     """Read the artifact (not the compiler's own bookkeeping)."""
     shared = compiled.metadata.shared
@@ -257,7 +273,7 @@ def read(compiled: Any, target: str) -> Resources:
             number("vgpr_count"),
             number("vgpr_spill_count") * 4 + number("private_segment_fixed_size"),
             shared,
-            len(re.findall(r"^\s*v_mfma", text, re.M)),
+            _count(r"^\s*v_(mfma)", text),
             len(re.findall(r"^\s+[vs]_\w+", text, re.M)),
         )
     handle, file = tempfile.mkstemp(suffix=".cubin")
@@ -277,7 +293,7 @@ def read(compiled: Any, target: str) -> Resources:
         int(numbers["REG"]),
         int(numbers["STACK"]) + int(numbers["LOCAL"]),
         shared,
-        len(re.findall(r"\b(?:HMMA|HGMMA|QGMMA|IMMA|UTCHMMA|UTCQMMA|UTCMMA)\b", code)),
+        _count(r"\b(HMMA|HGMMA|QGMMA|IMMA|UTC\w*MMA)\b", code),
         len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", code, re.M)),
     )
 
@@ -293,7 +309,7 @@ def table(targets: tuple[str, ...], dtypes: tuple[str, ...]) -> Iterator[str]:
         "registers",
         "spilled",
         "shared",
-        "tensor-core",
+        "matrix instructions",
         "all",
     ]
     yield "| " + " | ".join(columns) + " |"
@@ -304,23 +320,23 @@ def table(targets: tuple[str, ...], dtypes: tuple[str, ...]) -> Iterator[str]:
                 r = read(build(case, target), target)
                 cells = [
                     f"`{case.name}`", case.regime, dtype, target, case.num_warps, r.registers,
-                    r.spills, r.shared, r.tensor_core if case.is_product else "", r.instructions,
+                    r.spills, r.shared, ", ".join(f"{n} {op}" for op, n in r.mix.items()),
+                    r.instructions,
                 ]  # fmt: skip
                 yield "| " + " | ".join(map(str, cells)) + " |"
 
 
 def main() -> None:
-    """Print the table for the targets and dtypes named on the command line (all by default)."""
+    """Print the page for the targets and dtypes named on the command line (all by default)."""
     targets = tuple(a for a in sys.argv[1:] if a in TARGETS) or tuple(TARGETS)
     dtypes = tuple(a for a in sys.argv[1:] if a in DTYPES) or tuple(DTYPES)
     print("# Resources of the kernels\n")
     print(
-        f"Cross-compiled with triton {triton.__version__} and read from the artifacts (registers per"
+        f"Cross-compiled with triton {triton.__version__} and read from the artifacts: registers and "
+        "spilled\nbytes per thread, shared bytes per program, instructions in the code. Nothing here "
+        "was run on a GPU.\nfloat32 products are exact (no TF32), hence without matrix instructions.\n\n"
+        "Generated by `python -m normfuse.runtime.kernels.resources`.\n"
     )
-    print(
-        "thread, spilled bytes per thread, shared bytes per program, instructions). Nothing here was"
-    )
-    print("run on a GPU. Generated by `python -m normfuse.runtime.kernels.resources`.\n")
     for line in table(targets, dtypes):
         print(line, flush=True)
 
