@@ -157,6 +157,14 @@ def rescaling_section(result: dict[str, Any]) -> str:
             f"model leave its output {'bit for bit as it was' if same else 'CHANGED'}. Stream "
             f"max/median at each quarter of the training: {growth(seeds)}.",
         ]
+        absorbed = [
+            r["rows"]["outliers absorbed"] for r in seeds if "outliers absorbed" in r["rows"]
+        ]
+        if absorbed:
+            counts = ", ".join(f"{r['norms_absorbed']} of {r['norms']}" for r in absorbed)
+            parts.append(
+                f"`AbsorbOutliers` found a channel within its tolerance at {counts} norms."
+            )
     if tried := result.get("search"):
         worst = max(tried, key=lambda r: r["stream_max_to_median"])
         changed = ", ".join(f"{k} {v:g}" for k, v in worst["changes"].items())
