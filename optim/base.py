@@ -26,7 +26,18 @@ MAX_BUCKET_BYTES = 2 * 2**30
 
 #: Group entries whose change never rebuilds anything.
 _LIVE = frozenset(
-    ("params", "param_names", "lr", "initial_lr", "weight_decay", "momentum", "betas", "beta2")
+    (
+        "params",
+        "param_names",
+        "lr",
+        "initial_lr",
+        "weight_decay",
+        "momentum",
+        "betas",
+        "beta2",
+        "block_lr",
+        "block_step",
+    )
 )
 
 
@@ -232,6 +243,9 @@ class MatrixOptimizer(Optimizer):
                 masked=masked and bucket.device.type != "cpu",
                 grads=_grad,
             )
+        for group in self.param_groups:
+            if group.get("block_period", 1) > 1:  # saved with the group: a resumed run keeps time
+                group["block_step"] = group.get("block_step", 0) + 1
         return loss
 
     def _finite(self, bucket: Bucket, active: list[int], policy: str) -> list[int]:

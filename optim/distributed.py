@@ -1,10 +1,11 @@
 """Sharded parameters (FSDP2, tensor parallel, HSDP): the same step, whole matrices on one rank each.
 
 For a bucket of ``DTensor`` parameters the leading elementwise stages (momentum, all of AdamW) run on
-the local shards, where their states live. What follows needs whole matrices: each is gathered, worked
-on by exactly one rank of the mesh, and its update sent to all, who keep their shard. States of those
-later stages are small for the common members (NorMuon: one number per row) and are kept equal on
-every rank. The result does not depend on the world size or the placements beyond rounding.
+the local shards, where their states live. What follows needs whole matrices: each is sent to one rank
+of the mesh, worked on there and nowhere else, and its update sent back. On a line of ranks that is one
+all-to-all each way; on other meshes matrices are gathered one by one and updates gathered by all.
+States of those later stages are small for the common members (NorMuon: one number per row) and are
+kept equal on every rank. The result does not depend on the world size or the placements beyond rounding.
 
 Replicated parameters (DDP) are plain tensors and need nothing from here.
 """
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .buckets import Bucket, Slot
 from .pipeline import Pipeline, Tensors, computing_dtype, make_batch
@@ -121,7 +122,10 @@ class ShardedBucket(Bucket):
         self.fill_hyper()
         slots = [self.slots[i] for i in active]
         local = self._local_part(active, slots, grads)
-        if self.whole_stages:
+        period = self.group.get("block_period", 1)
+        if self.whole_stages and period > 1 and self.group.get("block_step", 0) % period:
+            update, decay = self._block_part(local), None
+        elif self.whole_stages:
             update, decay = self._whole_part(active, slots, local)
         else:
             rate = self.hyper["lr"]
@@ -156,6 +160,27 @@ class ShardedBucket(Bucket):
             self.step[rows] += 1
         return [u.reshape(self.local_shape) for u in batch.update.unbind()]
 
+    def _block_part(self, local: Sequence[Tensor]) -> list[Tensor]:
+        """The later stages on this rank's shards as matrices of their own; no communication."""
+        shape = self.local_shape
+        if not local or local[0].numel() == 0:
+            return [u.to(self.dtype) for u in local]
+        if self.group.get("view") == "batch":
+            rows, cols = shape[-2:]
+        else:
+            rows, cols = shape[0], local[0].numel() // shape[0]
+        stack = torch.stack([u.reshape(-1, rows, cols) for u in local])
+        grad = stack.flatten(0, 1)
+        constants = {
+            k: torch.tensor(v, dtype=self._computing(), device=self.device)
+            for k, v in self.pipeline.constants(rows, cols).items()
+        }
+        batch = make_batch(Tensors(grad, {}, self.hyper, constants, None, None))
+        for stage in self.whole_stages:
+            batch = stage(batch)
+        update = batch.update * (-self.hyper["lr"] * self.group["block_lr"])
+        return list(update.to(self.dtype).reshape(len(local), *shape).unbind())
+
     def _matrix_rows(self, active: Sequence[int]) -> Tensor:
         rows = [self.offsets[i] + k for i in active for k in range(self.slots[i].count)]
         return torch.tensor(rows, device=self.device)
@@ -163,21 +188,15 @@ class ShardedBucket(Bucket):
     def _whole_part(
         self, active: Sequence[int], slots: Sequence[Slot], local: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor] | None]:
-        """Gather matrices, work on this rank's, exchange results."""
+        """Whole matrices to their owners, each owner's work, the updates back."""
         world, rank = self.mesh.size(), _linear_rank(self.mesh)
         share = -(-len(slots) // world)
         mine = range(rank * share, min(len(slots), (rank + 1) * share))
         count = slots[0].count
-        whole: dict[int, Tensor] = {}
-        params: dict[int, Tensor] = {}
-        for k, (slot, u) in enumerate(zip(slots, local, strict=True)):
-            # a collective: every rank takes part, only the owner keeps the result
-            full = _full(u, slot.param)
-            p = _full(_local(slot.param), slot.param) if self.pipeline.reads_param else None
-            if k in mine:
-                whole[k] = full.reshape(slot.count, slot.rows, slot.cols)
-                if p is not None:
-                    params[k] = p.reshape(slot.count, slot.rows, slot.cols)
+        whole = self._to_owners(slots, local, share)
+        params: list[Tensor] = []
+        if self.pipeline.reads_param:
+            params = self._to_owners(slots, [_local(s.param) for s in slots], share)
         names = [k for k in self.specs if k not in self.local_names]
         shape = (share * count, self.rows, self.cols)
         update = torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -193,12 +212,12 @@ class ShardedBucket(Bucket):
             low = mine[0] * count
             own = rows[low : low + len(whole) * count]
             t = Tensors(
-                torch.cat([whole[k] for k in mine]),
+                torch.cat(whole),
                 {k: self.stacks[k][own] for k in names},
                 self.hyper,
                 {k: v[own] for k, v in self.constants.items()},
                 None if self.step is None else self.step[own],
-                torch.cat([params[k] for k in mine]) if params else None,
+                torch.cat(params) if params else None,
             )
             if self.periodic:
                 self._refresh([active[k] for k in mine], t)
@@ -217,19 +236,69 @@ class ShardedBucket(Bucket):
                 if i not in [active[k] for k in mine]:
                     self._host_steps[i] += 1
         total = len(slots) * count
-        update = _gather_first(update, self.mesh)[:total]
+        pieces = self._from_owners(slots, update, share)
         for name in names:
             self.stacks[name][rows] = _gather_first(new[name], self.mesh)[:total]
         if self.step is not None:
             self.step[rows] += 1
-        pieces = [
-            _shard(u.reshape(s.param.shape), s.param)  # type: ignore[arg-type]
-            for s, u in zip(slots, update.split(count), strict=True)
-        ]
         if not self.pipeline.reads_param:
             return pieces, None
         factors = _gather_first(decay, self.mesh)[:total]
         return pieces, [f[0, 0, 0] for f in factors.split(count)]
+
+    def _shard_dim(self) -> int | None:
+        """The sharded dimension where one all-to-all moves everything: a line of ranks, one Shard."""
+        placements = self.slots[0].param.placements  # type: ignore[attr-defined]
+        if self.mesh.ndim == 1 and type(placements[0]) is Shard:
+            return int(placements[0].dim)
+        return None
+
+    def _to_owners(
+        self, slots: Sequence[Slot], local: Sequence[Tensor], share: int
+    ) -> list[Tensor]:
+        """Whole matrices ``[count, r, c]`` owned by this rank, from every rank's shards."""
+        world, rank = self.mesh.size(), _linear_rank(self.mesh)
+        mine = range(rank * share, min(len(slots), (rank + 1) * share))
+        view = (slots[0].count, self.rows, self.cols)
+        dim = self._shard_dim()
+        if dim is None:
+            # a collective for each: every rank takes part, only the owner keeps the result
+            fulls = (_full(u, s.param) for s, u in zip(slots, local, strict=True))
+            return [f.reshape(view) for k, f in enumerate(fulls) if k in mine]
+        # [matrix, shard rows, rest], padded to whole groups of matrices and to equal shards
+        size = slots[0].param.shape[dim]
+        packed = torch.stack(list(local)).movedim(dim + 1, 1)
+        each = -(-size // world)
+        send = packed.new_zeros(world * share, each, *packed.shape[2:])
+        send[: len(slots), : packed.shape[1]] = packed
+        got = torch.empty_like(send)
+        dist.all_to_all_single(got, send, group=self.mesh.get_group())
+        parts = got.view(world, share, each, *packed.shape[2:]).movedim(0, 1)
+        fulls = parts.reshape(share, world * each, *packed.shape[2:])[: len(mine), :size]
+        return [f.reshape(view) for f in fulls.movedim(1, dim + 1).unbind()]
+
+    def _from_owners(self, slots: Sequence[Slot], update: Tensor, share: int) -> list[Tensor]:
+        """This rank's shards of all updates, from each owner's ``update[share·count, r, c]``."""
+        world, rank = self.mesh.size(), _linear_rank(self.mesh)
+        like = slots[0].param
+        dim = self._shard_dim()
+        if dim is None:
+            every = _gather_first(update, self.mesh)[: len(slots) * slots[0].count]
+            return [
+                _shard(u.reshape(s.param.shape), s.param)  # type: ignore[arg-type]
+                for s, u in zip(slots, every.split(slots[0].count), strict=True)
+            ]
+        size = like.shape[dim]
+        each = -(-size // world)
+        whole = update.reshape(share, *like.shape).movedim(dim + 1, 1)
+        padded = whole.new_zeros(share, world * each, *whole.shape[2:])
+        padded[:, :size] = whole
+        send = padded.view(share, world, each, *whole.shape[2:]).movedim(1, 0).contiguous()
+        got = torch.empty_like(send)
+        dist.all_to_all_single(got, send, group=self.mesh.get_group())
+        low = min(rank * each, size)
+        here = got.flatten(0, 1)[: len(slots), : min(each, size - low)]
+        return [u.contiguous() for u in here.movedim(1, dim + 1).unbind()]
 
     def _apply_local(
         self, slots: Sequence[Slot], update: Sequence[Tensor], decay: list[Tensor] | None

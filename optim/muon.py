@@ -86,11 +86,17 @@ def _pipeline(group: Mapping[str, Any], *stages: Stage, hyper: tuple[str, ...] =
 
 
 def _muon(group: Mapping[str, Any]) -> Pipeline:
+    period = group["block_period"]
+    if isinstance(period, bool) or not isinstance(period, int) or period < 1:
+        raise ValueError(f"block_period must be a positive integer, got {period!r}")
     return _pipeline(group, momentum(group), Orthogonalize(ns_settings(group)), scale(group))
 
 
 MUON = Algorithm(
-    "muon", _muon, {**_MOMENTUM_DEFAULTS, **_NS_DEFAULTS}, positive=("momentum", "eps")
+    "muon",
+    _muon,
+    {**_MOMENTUM_DEFAULTS, **_NS_DEFAULTS, "block_period": 1, "block_lr": 1.0},
+    positive=("momentum", "eps", "block_lr"),
 )
 
 
@@ -107,6 +113,11 @@ class Muon(MatrixOptimizer):
         momentum_style: ``"ema"``, or ``"heavy_ball"`` as in Moonlight; the same direction, since
             the polar factor has no scale.
         cautious: decay only the entries that the update shrinks.
+        block_period: for DTensor parameters, 2 or more: only every so many steps, from the first on,
+            whole matrices are orthogonalized; in between each rank orthogonalizes its own shard,
+            scaled by the shard's shape, without communication (MuonBP). The result then depends on
+            the sharding. Plain parameters are whole at every step.
+        block_lr: factor on the learning rate in the steps in between.
     """
 
     algorithm: ClassVar[Algorithm] = MUON
@@ -128,6 +139,8 @@ class Muon(MatrixOptimizer):
         ns_method: str = "auto",
         normalization: str = "frobenius",
         cautious: bool = False,
+        block_period: int = 1,
+        block_lr: float = 1.0,
         compile: bool = False,
         non_finite: str = "skip",
     ) -> None:
@@ -145,6 +158,8 @@ class Muon(MatrixOptimizer):
             "ns_method": ns_method,
             "normalization": normalization,
             "cautious": cautious,
+            "block_period": block_period,
+            "block_lr": block_lr,
         }
         super().__init__(params, defaults, compile=compile, non_finite=non_finite)
 

@@ -98,6 +98,8 @@ class Conda(_Member):
     )
 
 
+# An operator of its own, like SinkGD's: unrolled into a graph it takes a compiler a minute.
+@torch.library.custom_op("normfuse_optim::simultaneous_sinkhorn", mutates_args=())
 def simultaneous_sinkhorn(x: Tensor, iterations: int = 5) -> Tensor:
     """Divide by row and column norms at once, ``iterations`` times; RMS 1 at the end."""
     size = (x.shape[-2] * x.shape[-1]) ** 0.5
@@ -107,7 +109,12 @@ def simultaneous_sinkhorn(x: Tensor, iterations: int = 5) -> Tensor:
         c = safe_inverse(torch.linalg.vector_norm(x, dim=-2, keepdim=True))
         x = x * r * c
         x = x * safe_inverse(frobenius(x))
-    return x * size
+    return (x * size).contiguous()
+
+
+@simultaneous_sinkhorn.register_fake
+def _(x, iterations=5):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def rows_to_unit_rms(x: Tensor) -> Tensor:

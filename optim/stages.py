@@ -228,24 +228,37 @@ class Sinkhorn(Stage):
     eps: float = 1e-8
 
     def __call__(self, batch: Batch) -> Batch:
-        u = batch.update
-        rows, cols = u.shape[-2:]
-        # Entries spread over many orders of magnitude: squares are taken of u/max|u|.
-        peak = u.abs().amax((-2, -1), keepdim=True)
-        unit = u * safe_inverse(peak)
-        square = unit.square()
-        r = torch.ones_like(unit[..., :1])
-        c = torch.ones_like(unit[..., :1, :])
-        for _ in range(self.iterations):
-            norm = r * torch.matmul(square, c.square().mT).sqrt()
-            r = r * self._gain(norm, cols)
-            norm = c * torch.matmul(r.square().mT, square).sqrt()
-            c = c * self._gain(norm, rows)
-        return batch.with_(unit * r * c)
+        return batch.with_(_sinkhorn(batch.update, self.iterations, self.eps))
 
-    def _gain(self, norm: Tensor, length: int) -> Tensor:
+
+# An operator of its own: unrolled into a graph, its sweeps take a compiler minutes, and what it would
+# gain is small, because they only read.
+@torch.library.custom_op("normfuse_optim::sinkhorn", mutates_args=())
+def _sinkhorn(u: Tensor, iterations: int, eps: float) -> Tensor:
+    """``diag(r)·u·diag(c)`` with row and column RMS 1, for ``u`` of shape ``[B, r, c]``."""
+    rows, cols = u.shape[-2:]
+
+    def gain(norm: Tensor, length: int) -> Tensor:
         # a zero line keeps its factor: growing it every iteration would end in inf·0
-        return torch.where(norm > 0, math.sqrt(length) / norm.clamp(min=self.eps), 1.0)
+        return torch.where(norm > 0, math.sqrt(length) / norm.clamp(min=eps), 1.0)
+
+    # Entries spread over many orders of magnitude: squares are taken of u/max|u|.
+    peak = u.abs().amax((-2, -1), keepdim=True)
+    unit = u * safe_inverse(peak)
+    square = unit.square()
+    r = torch.ones_like(unit[..., :1])
+    c = torch.ones_like(unit[..., :1, :])
+    for _ in range(iterations):
+        norm = r * torch.matmul(square, c.square().mT).sqrt()
+        r = r * gain(norm, cols)
+        norm = c * torch.matmul(r.square().mT, square).sqrt()
+        c = c * gain(norm, rows)
+    return (unit * r * c).contiguous()
+
+
+@_sinkhorn.register_fake
+def _(u, iterations, eps):  # type: ignore[no-untyped-def]
+    return torch.empty_like(u, memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Sharded steps in 2 and 4 gloo processes against one process; checkpoints across world sizes."""
 
 import os
+import signal
 import tempfile
 
 import pytest
@@ -119,6 +120,62 @@ def check(world, folder):
         for p, w in zip(ps, reference(name, 4), strict=True):
             torch.testing.assert_close(p.detach().full_tensor(), w, rtol=1e-8, atol=1e-8)
 
+    # each whole matrix is orthogonalized on one rank only, and its shards travel by all-to-all
+    from normfuse.optim import polar
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    ps, opt = sharded("Muon", line, [Shard(0)])
+    for p, g in zip(ps, gradients(0), strict=True):
+        p.grad = distribute_tensor(g, line, [Shard(0)])
+    sizes = []
+    original = polar.orthogonalize_batch
+    polar.orthogonalize_batch = lambda x, s: (sizes.append(len(x)), original(x, s))[1]
+    comm = CommDebugMode()
+    try:
+        with comm:
+            opt.step()
+    finally:
+        polar.orthogonalize_batch = original
+    done = torch.tensor(sum(sizes))
+    dist.all_reduce(done)
+    assert int(done) == 3 and sum(sizes) <= 2
+    counts = {str(k): v for k, v in comm.get_comm_counts().items()}
+    assert sum(v for k, v in counts.items() if "alltoall" in k) == 2, counts
+    assert not any("gather" in k for k in counts), counts
+
+    # the block-periodic mode: shards in between, whole matrices at every third step
+    for where in ([Shard(0)], [Shard(1)]):
+        values = parameters()
+        ps = [nn.Parameter(distribute_tensor(v, line, where)) for v in values[:3]]
+        opt = optim.Muon(ps, lr=0.05, weight_decay=0.1, block_period=3, block_lr=0.5)
+        lone = [nn.Parameter(v.clone()) for v in values[:3]]
+        ref = optim.Muon(lone, lr=0.05, weight_decay=0.1)
+        dim = where[0].dim
+        for i in range(5):
+            if i == 2:  # the phase is saved with the groups
+                saved = opt.state_dict()
+                opt = optim.Muon(ps, lr=0.05, weight_decay=0.1, block_period=3, block_lr=0.5)
+                opt.load_state_dict(saved)
+            before = [p.detach().clone() for p in lone]
+            for p, q, g in zip(ps, lone, gradients(i)[:3], strict=True):
+                p.grad = distribute_tensor(g, line, where)
+                q.grad = g
+            opt.step()
+            ref.step()  # its momentum is the sharded one's; its update only in the whole steps
+            if i % 3:
+                for q, b in zip(lone, before, strict=True):
+                    buf, g = ref.state[q]["momentum_buffer"], q.grad
+                    blocks = torch.chunk(torch.lerp(g, buf, 0.95), world, dim)
+                    jordan = {"coefficients": (3.4445, -4.7750, 2.0315)}
+                    turned = [
+                        optim.orthogonalize(x, **jordan) * max(1, x.shape[0] / x.shape[1]) ** 0.5
+                        for x in blocks
+                    ]
+                    with torch.no_grad():
+                        q.copy_(b * (1 - 0.05 * 0.1) - 0.025 * torch.cat(turned, dim))
+            for p, q in zip(ps, lone, strict=True):
+                torch.testing.assert_close(p.detach().full_tensor(), q.detach())
+
     # FSDP2: a model, its own gradients
     from torch.distributed.fsdp import fully_shard
 
@@ -142,6 +199,80 @@ def check(world, folder):
             o.step()
     for p, q in zip(model.parameters(), lone.parameters(), strict=True):
         torch.testing.assert_close(p.full_tensor(), q, rtol=1e-4, atol=1e-5)
+
+
+def dying(rank, world, folder):
+    """Train, saving after every step; rank 1 is killed inside the third step's orthogonalization."""
+    import torch.distributed.checkpoint as dcp
+    from normfuse.optim import polar
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+    )
+    mesh, where = init_device_mesh("cpu", (world,)), [Shard(0)]
+    ps, opt = make("NorMuon", [distribute_tensor(v, mesh, where) for v in parameters()])
+    original = polar.orthogonalize_batch
+    for i in range(4):
+        for p, g in zip(ps, gradients(i), strict=True):
+            p.grad = distribute_tensor(g, mesh, where)
+        if i == 2 and rank == 1:
+
+            def killed(x, s):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            polar.orthogonalize_batch = killed
+        opt.step()
+        polar.orthogonalize_batch = original
+        dcp.save(state_of(ps, opt), checkpoint_id=f"{folder}/step{i}")
+        dist.barrier()
+        if rank == 0:
+            with open(f"{folder}/latest", "w") as f:  # named only when every rank has written
+                f.write(f"{folder}/step{i}")
+
+
+def state_of(ps, opt):
+    out = {}
+    for i, p in enumerate(ps):
+        out[f"p{i}"] = p.detach()
+        out.update({f"s{i}.{k}": v for k, v in opt.state[p].items()})
+    return out
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
+def test_a_process_killed_in_mid_step_leaves_a_checkpoint_that_resumes():
+    import torch.distributed.checkpoint as dcp
+
+    with tempfile.TemporaryDirectory() as folder:
+        with pytest.raises(Exception, match=r"SIGKILL|terminated|signal"):
+            mp.spawn(dying, (2, folder), nprocs=2)
+        with open(f"{folder}/latest") as f:
+            latest = f.read()
+        assert latest.endswith("step1") and not os.path.exists(f"{folder}/step2/.metadata")
+        ps, opt = make("NorMuon", parameters())  # one process takes over from two
+        dcp.load(state_of(ps, opt), checkpoint_id=latest, no_dist=True)
+        for i in (2, 3):
+            for p, g in zip(ps, gradients(i), strict=True):
+                p.grad = g
+            opt.step()
+        for p, w in zip(ps, reference("NorMuon", 4), strict=True):
+            torch.testing.assert_close(p.detach(), w, rtol=1e-8, atol=1e-8)
+
+
+def test_block_period_is_checked_and_harmless_on_plain_parameters():
+    p, q = (nn.Parameter(torch.eye(4)) for _ in range(2))
+    for bad in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="block_period"):
+            optim.Muon([p], block_period=bad)
+    a, b = optim.Muon([p], lr=0.1, block_period=4, block_lr=0.1), optim.Muon([q], lr=0.1)
+    for i in range(3):
+        p.grad = torch.randn(4, 4, generator=torch.Generator().manual_seed(i))
+        q.grad = p.grad.clone()
+        a.step()
+        b.step()
+    assert torch.equal(p, q)
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
