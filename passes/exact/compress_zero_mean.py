@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from .. import ir
+from .. import cost, ir
 from ..axis import SPLITS, Axis, operands, result_axis, users
 from ..errors import Refuse
 from ..linear import Linear, WeightBuilder, is_weight, match_linear
@@ -188,10 +188,8 @@ def _enters(user: fx.Node, value: fx.Node, stream: Stream) -> bool:
 
 
 def _rows(value: fx.Node, axis: Axis) -> int:
-    from .remove_mean import numel
-
     width = axis.size(ir.shape(value))
-    return numel(ir.val(value)) // width if isinstance(width, int) else 1
+    return cost.numel(value) // width if isinstance(width, int) else 1
 
 
 def _check_sizes(node: Any, axis: Axis) -> None:
