@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .buckets import Bucket, Slot, make_slots
+from .newton_schulz import workspace
 from .pipeline import COMPILED, Pipeline
 
 #: Scratch memory of one bucket's step before it is cut into several.
@@ -236,13 +237,14 @@ class MatrixOptimizer(Optimizer):
         if policy != "propagate":
             work = [(b, self._finite(b, active, policy)) for b, active in work]
             masked = policy == "skip"
-        for bucket, active in work:
-            bucket.update(
-                active,
-                compile=self._options["compile"],
-                masked=masked and bucket.device.type != "cpu",
-                grads=_grad,
-            )
+        with workspace():
+            for bucket, active in work:
+                bucket.update(
+                    active,
+                    compile=self._options["compile"],
+                    masked=masked and bucket.device.type != "cpu",
+                    grads=_grad,
+                )
         for group in self.param_groups:
             if group.get("block_period", 1) > 1:  # saved with the group: a resumed run keeps time
                 group["block_step"] = group.get("block_step", 0) + 1

@@ -134,7 +134,10 @@ def _normalize(x: Tensor, s: Settings, dtype: torch.dtype) -> tuple[Tensor, Tens
     accumulate = torch.float64 if torch.float64 in (x.dtype, dtype) else torch.float32
     plain = s.normalization == "frobenius"
     factor = (inverse * scale if plain else inverse).to(accumulate)
-    y = x.to(accumulate) * factor
+    if x.dtype == accumulate == dtype:
+        y = torch.mul(x, factor, out=ns.scratch("y", x.shape, x))
+    else:
+        y = x.to(accumulate) * factor
     # NaN·0 is NaN, so masked matrices are selected away, not multiplied.
     if x.device.type != "cpu" or not bool(finite.all()):
         y = torch.where(finite, y, 0.0)
