@@ -139,19 +139,23 @@ class GatedPlan:
     block_k: int
     num_warps: int
     splits: int
+    num_stages: int = 3
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def gated(rows: Any, cols: Any, rank: int, processors: int, backward: bool = False) -> GatedPlan:
+def gated(
+    rows: Any, cols: Any, rank: int, itemsize: int, processors: int, *, backward: bool = False
+) -> GatedPlan:
+    """Plan of the gated norm over ``[rows, cols]``."""
     block_k = max(next_power_of_2(rank), 16)
-    block_c = 64 if not _static(cols) or cols > 32 else 32
     parts = 16
     if _static(rows):
         parts = max(min(parts, cdiv(rows, 64)), 1)
     if backward:
-        # two accumulators of [columns, rank] beside the recomputed chunk: half the columns, so that
-        # no target spills registers
-        block_c = 32
+        # two accumulators of [columns, rank] beside the recomputed chunk: half the columns, and no
+        # pipeline for float32, so that no target spills registers
+        return GatedPlan(16, 32, block_k, 4, parts, 1 if itemsize > 2 else 3)
+    block_c = 64 if not _static(cols) or cols > 32 else 32
     return GatedPlan(16, block_c, block_k, 4, parts)

@@ -98,7 +98,7 @@ def gated_norm(
     if run.empty(x):
         return out, t, stats
     x2 = rows_of(x)
-    plan = plans.gated(rows, d, rank, devices.processors(x.device))
+    plan = plans.gated(rows, d, rank, x.element_size(), devices.processors(x.device))
     launch(
         kernels.gated_fwd,
         (plans.cdiv(rows, plan.block_r),),
@@ -125,6 +125,7 @@ def gated_norm(
         BLOCK_C=plan.block_c,
         BLOCK_K=plan.block_k,
         num_warps=plan.num_warps,
+        num_stages=plan.num_stages,
         **codes,
     )
     return out, t, stats
@@ -157,7 +158,8 @@ def gated_norm_backward(
             *zeros[2:],
         )
     x2, do2 = rows_of(x), rows_of(dout)
-    plan = plans.gated(rows, d, rank, devices.processors(x.device), backward=True)
+    size, processors = x.element_size(), devices.processors(x.device)
+    plan = plans.gated(rows, d, rank, size, processors, backward=True)
     dt = torch.empty_like(t)
     common = {
         "x": x2,
@@ -181,6 +183,7 @@ def gated_norm_backward(
         "BLOCK_C": plan.block_c,
         "BLOCK_K": plan.block_k,
         "num_warps": plan.num_warps,
+        "num_stages": plan.num_stages,
         **codes,
     }
     grid = (plans.cdiv(rows, plan.block_r),)

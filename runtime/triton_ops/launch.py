@@ -26,6 +26,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = {"rms": 1, "layer": 2, "crms": 3}
 ROUNDING = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+HIP_STAGES = 2
+
 _failed: dict[tuple, str] = {}
 _warned: set[str] = set()
 
@@ -77,6 +79,9 @@ def launch(kernel: Any, grid: tuple, on: Tensor, **arguments: Any) -> None:
     Raises:
         KernelFailed: it could not be compiled or launched.
     """
+    if torch.version.hip is not None and "num_stages" in arguments:
+        # 64 KiB of shared memory hold no deeper pipeline
+        arguments["num_stages"] = min(arguments["num_stages"], HIP_STAGES)
     compiled = isinstance(kernel, JITFunction)
     if not compiled and isinstance(on, torch._subclasses.FakeTensor):
         return  # the interpreter has nothing to compute on, and nobody asks for its graph node

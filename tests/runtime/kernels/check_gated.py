@@ -64,7 +64,7 @@ def test_any_shape(rows, d, rank, dtype, affine, early, gate_scale):
 
 
 def test_rows_shared_by_programs():
-    assert plans.gated(150, 40, 8, 132).splits == 3
+    assert plans.gated(150, 40, 8, 4, 132).splits == 3
     compare(make(150, 40, 8, torch.float32), torch.float32, torch.float32)
 
 

@@ -34,7 +34,9 @@ def make(shape, dtype, scale=1.0, mean=0.0, affine=True, seed=0):
     return x, gain, torch.randn(shape[-1], generator=g).to(dtype)
 
 
-def compare(x, gain, bias, kind, norm_dtype, out_dtype, eps=1e-5, residual=None, seed=1):
+def compare(
+    x, gain, bias, kind, norm_dtype, out_dtype, eps=1e-5, residual=None, seed=1, gradients=True
+):
     """Values and gradients of our op, of the formula in the working dtype, and in float64."""
     g = torch.Generator().manual_seed(seed)
     out = out_dtype or torch.promote_types(norm_dtype or torch.float32, x.dtype)
@@ -74,7 +76,8 @@ def compare(x, gain, bias, kind, norm_dtype, out_dtype, eps=1e-5, residual=None,
             outputs.append(stream)
             grads.append(dstream.to(stream.dtype))
         inputs = [t for t in (a, w, b, r) if t is not None]
-        results.append([*outputs, *torch.autograd.grad(outputs, inputs, grads)])
+        found = torch.autograd.grad(outputs, inputs, grads) if gradients else ()
+        results.append([*outputs, *found])
     for ours, eager, truth in zip(*results, strict=True):
         slack = None
         if eager.dtype != torch.float32:
@@ -82,10 +85,10 @@ def compare(x, gain, bias, kind, norm_dtype, out_dtype, eps=1e-5, residual=None,
         check(ours.detach(), eager.detach(), truth.detach(), slack=slack)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=30, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
-    rows=st.integers(1, 6),
-    cols=st.integers(4, 300),  # gradients of one to three elements are all cancellation
+    rows=st.integers(1, 4),
+    cols=st.one_of(st.integers(1, 300), st.integers(301, 16384)),
     dtype=st.sampled_from(DTYPES),
     kind=st.sampled_from(KINDS),
     affine=st.booleans(),
@@ -99,7 +102,55 @@ def test_any_shape_scale_and_cast_order(rows, cols, dtype, kind, affine, scale, 
     x, gain, bias = make((rows, cols), dtype, scale, mean, affine)
     norm_dtype = {"late": torch.float32, "early": dtype, "wide": None}[order]
     out_dtype = torch.float32 if order == "wide" else dtype
-    compare(x, gain, bias, kind, norm_dtype, out_dtype)
+    # gradients of one to three elements are all cancellation, and so is what is left of them centered
+    if cols < 4 and kind == "layer":
+        y = triton_ops.norm(x, gain, bias, 1e-5, kind, norm_dtype, out_dtype)[0]
+        truth = formula(kind, *double(x, gain, bias)).detach()
+        assert torch.isfinite(y).all() and y.shape == truth.shape
+        if cols == 1:
+            torch.testing.assert_close(y.double(), truth, rtol=1e-2, atol=1e-2)
+        return
+    compare(x, gain, bias, kind, norm_dtype, out_dtype, gradients=cols >= 4)
+
+
+BAD = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"), "zero": 0.0}
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(
+    bad=st.dictionaries(st.integers(0, 8), st.sampled_from(list(BAD)), min_size=1, max_size=5),
+    cols=st.integers(2, 200),
+    dtype=st.sampled_from(DTYPES),
+    kind=st.sampled_from(KINDS),
+)
+def test_bad_rows_change_no_other_row(bad, cols, dtype, kind):
+    """Values and input gradients of the other rows are the same to the last bit."""
+    rows = 9
+    x, gain, bias = make((rows, cols), dtype)
+    spoiled = x.clone()
+    for row, what in bad.items():
+        if what == "zero":
+            spoiled[row] = 0
+        else:
+            spoiled[row, row % cols] = BAD[what]
+    dy = make((rows, cols), dtype, seed=3)[0]
+    results = []
+    for v in (x, spoiled):
+        v = v.requires_grad_()
+        y = triton_ops.norm(v, gain, bias, 1e-5, kind, torch.float32, dtype)[0]
+        results.append((y.detach(), *torch.autograd.grad(y, v, dy)))
+    good = [i for i in range(rows) if i not in bad]
+    for before, after in zip(*results, strict=True):
+        assert torch.equal(before[good], after[good])
+        for row, what in bad.items():
+            if what == "zero":
+                assert torch.isfinite(after[row]).all()
+    for row, what in bad.items():
+        if what != "zero":
+            assert not torch.isfinite(results[1][0][row]).any() or "inf" in what
+        else:
+            expected = torch.zeros_like(bias) + bias
+            torch.testing.assert_close(results[1][0][row], expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NATIVE.get)

@@ -2,12 +2,17 @@
 
 import functools
 import os
+import re
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
+import triton
 from normfuse.runtime.kernels import resources
+
+TABLE = Path(__file__).parents[3] / "benchmarks" / "results" / "kernel_resources.md"
 
 #: Set to compile every kernel for every target (many minutes).
 FULL = os.environ.get("NORMFUSE_FULL_CROSS_COMPILE") == "1"
@@ -22,6 +27,8 @@ SAMPLE = [
     ("norm_fwd_tile", "tile 4096", "gfx942"),
     ("norm_bwd_tile", "tile 4096", "sm_80"),
     ("gated_fwd", "rank 16", "sm_90"),
+    ("gated_bwd_rows", "rank 16", "sm_100"),
+    ("gated_bwd_columns", "rank 64", "gfx942"),
 ]
 
 
@@ -30,9 +37,16 @@ def all_cases(dtype):
     return list(resources.cases(dtype))
 
 
-def judge(case, target):
+@functools.cache
+def compile_and_read(name, regime, dtype, target):
+    case = next(c for c in all_cases(dtype) if (c.name, c.regime) == (name, regime))
     compiled = resources.build(case, target)
-    r = resources.read(compiled, target)
+    return compiled, resources.read(compiled, target)
+
+
+def judge(case, target):
+    compiled, r = compile_and_read(case.name, case.regime, case.dtype, target)
+    assert r.spills == 0
     assert r.instructions > 50
     assert r.shared <= {"sm_80": 163, "gfx942": 64}.get(target, 227) * 1024
     if case.is_product and case.dtype == "bf16" and case.name != "norm_linear_finish":
@@ -47,6 +61,47 @@ def test_sample(name, regime, target):
     assert r.spills == 0
     if target == "sm_90" and name == "norm_linear_kernel":
         assert "wgmma.mma_async" in compiled.asm["ptx"]
+
+
+def committed():
+    """The table's rows by kernel, regime, dtype and target."""
+    out = {}
+    for line in TABLE.read_text(encoding="utf-8").splitlines():
+        cells = [c.strip() for c in line.strip("|").split("|")]
+        if cells[0].startswith("`"):
+            out[cells[0].strip("`"), cells[1], cells[2], cells[3]] = cells[4:]
+    return out
+
+
+def test_the_table_is_complete_and_nothing_in_it_spills():
+    rows = committed()
+    wanted = {
+        (case.name, case.regime, dtype, target)
+        for dtype in resources.DTYPES
+        for case in all_cases(dtype)
+        for target in resources.TARGETS
+    }
+    assert set(rows) == wanted, "run python -m normfuse.runtime.kernels.resources"
+    assert [key for key, cells in rows.items() if cells[2] != "0"] == []
+    products = {c.name for c in all_cases("bf16") if c.is_product}
+    for (name, _, dtype, target), cells in rows.items():
+        if name in products and dtype != "fp32":
+            assert ("mfma" if target == "gfx942" else "MMA") in cells[4], (name, target)
+    assert "HGMMA" in rows["norm_linear_kernel", "large 128×128×64", "bf16", "sm_90"][4]
+
+
+@pytest.mark.parametrize("name, regime, target", SAMPLE)
+def test_the_table_says_what_is_compiled(name, regime, target):
+    text = TABLE.read_text(encoding="utf-8")
+    if f"triton {triton.__version__} " not in text:
+        pytest.skip("the table was made with another triton")
+    case = next(c for c in all_cases("bf16") if c.name == name and c.regime.startswith(regime))
+    _, r = judge(case, target)
+    cells = committed()[case.name, case.regime, "bf16", target]
+    found = [case.num_warps, r.registers, r.spills, r.shared]
+    assert cells[:4] == [str(v) for v in found]
+    assert int(cells[5]) == r.instructions
+    assert sum(map(int, re.findall(r"\d+(?= [A-Za-z])", cells[4]))) == r.tensor_core
 
 
 @pytest.mark.skipif(not FULL, reason="set NORMFUSE_FULL_CROSS_COMPILE=1")
