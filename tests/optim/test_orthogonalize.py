@@ -98,6 +98,20 @@ def test_block_edges_cover_every_side():
     assert ns.block_edges(768, 6) == list(range(0, 769, 128))
 
 
+@pytest.mark.parametrize("method", ["direct", "gram"])
+@pytest.mark.parametrize("shape", [(2, 330, 400), (3, 20, 30)])
+def test_results_in_a_workspace_are_their_own(shape, method):
+    x, y = matrix(shape, "gaussian").float(), matrix(shape, "gaussian", 1).float()
+    want = [optim.orthogonalize(v, 4, method) for v in (x, y)]
+    with ns.workspace():
+        first = optim.orthogonalize(x, 4, method)
+        with ns.workspace():  # an inner one joins the outer
+            second = optim.orthogonalize(y, 4, method)
+        assert ns._LOCAL.buffers
+    assert ns._LOCAL.buffers is None
+    assert torch.equal(first, want[0]) and torch.equal(second, want[1])
+
+
 @pytest.mark.parametrize("size", [1e-25, 1e-13, 1.0, 1e14, 1e18])
 def test_norms_at_every_scale(size):
     x = matrix((2, 30, 50), "gaussian") * size
