@@ -69,7 +69,7 @@ def _warn_once(name: str, failure: KernelFailed) -> None:
 
 
 def failures() -> list[str]:
-    """What could not be compiled or launched in this process, for ``normfuse doctor``."""
+    """What could not be compiled or launched in this process, with the reasons."""
     return sorted(_failed.values())
 
 
