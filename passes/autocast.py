@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -112,6 +113,8 @@ def _run_recorded(
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(mode)
+        if any(isinstance(v, torch.Tensor) and ir.symbolic(v) for v in values.values()):
+            stack.enter_context(enable_python_dispatcher())
         for s in settings:
             stack.enter_context(s.context())
         stack.enter_context(recorder)

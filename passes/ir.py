@@ -71,6 +71,11 @@ def shape(node: fx.Node) -> tuple:
     return tuple(concrete(s) for s in val(node).shape)
 
 
+def symbolic(value: torch.Tensor) -> bool:
+    """True if the sizes or strides of a fake tensor are symbols."""
+    return bool(value._has_symbolic_sizes_strides)
+
+
 def dtype(node: fx.Node) -> torch.dtype:
     return val(node).dtype
 
@@ -315,7 +320,7 @@ def set_val(node: fx.Node) -> None:
         node.meta["val"] = node.target(*args, **kwargs)
         return
     with fakes[0].fake_mode, torch.no_grad(), ExitStack() as stack:
-        if any(v._has_symbolic_sizes_strides for v in fakes):
+        if any(symbolic(v) for v in fakes):
             # the dispatcher in Python is what lets composite and meta kernels see symbolic sizes
             stack.enter_context(enable_python_dispatcher())
         result = shape_of(*args, **kwargs) if shape_of is not None else None
