@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import polar
+from .quantile import abs_quantile
 
 
 @dataclass(frozen=True)
@@ -128,25 +129,6 @@ class Momentum(Stage):
 
 
 # -- denoise ---------------------------------------------------------------------------------------
-
-
-def abs_quantile(x: Tensor, q: float) -> Tensor:
-    """``quantile(|x|, q)`` per matrix with linear interpolation, ``[B, 1, 1]``; any size.
-
-    ``kthvalue`` instead of ``torch.quantile``, which sorts and refuses more than 16 M entries.
-    """
-    flat = x.abs().flatten(1)
-    position = q * (flat.shape[1] - 1)
-    low = math.floor(position)
-    first = flat.kthvalue(low + 1, dim=1).values
-    if low + 1 < flat.shape[1] and position > low:
-        # the next order statistic: the smallest entry above ``first``, unless ``first`` is repeated
-        # beyond the position
-        above = torch.where(flat > first[:, None], flat, math.inf).amin(1)
-        repeated = (flat <= first[:, None]).sum(1) > low + 1
-        second = torch.where(repeated, first, above)
-        first = first + (position - low) * (second - first)
-    return first[:, None, None]
 
 
 @dataclass(frozen=True)

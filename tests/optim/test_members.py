@@ -503,17 +503,6 @@ def test_root_coefficients_are_guarded():
     )
 
 
-def test_quantile_matches_torch():
-    from normfuse.optim.stages import abs_quantile
-
-    for n in (1, 2, 7, 10, 41):
-        x = torch.randn(3, 1, n, dtype=torch.float64)
-        x[1] = x[1].round()  # ties
-        for q in (0.0, 0.3, 0.9, 1.0):
-            want = torch.quantile(x.abs().flatten(1), q, dim=1)
-            torch.testing.assert_close(abs_quantile(x, q).flatten(), want)
-
-
 @pytest.mark.parametrize(
     "name", ["Muon", "NorMuon", "ROOT", "HybridAuON", "AuON", "SinkGD", "SCALE"]
 )
