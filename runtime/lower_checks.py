@@ -14,9 +14,20 @@ from ..passes import ir
 from ..passes.errors import Refuse
 from . import devices
 
+nf = torch.ops.normfuse
+
 #: Where kernels run (ROCm calls itself this too).
 DEVICE = "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+#: Which statistics a norm takes, as the kernels call it.
+KINDS = {
+    nf.layer_norm.default: "layer",
+    nf.add_layer_norm.default: "layer",
+    nf.rms_norm.default: "rms",
+    nf.add_rms_norm.default: "rms",
+    nf.crms_norm.default: "crms",
+}
 
 #: Kernel name, reason, and what to do about it.
 Plan = tuple[str, str, Callable[[], None]]

@@ -24,6 +24,7 @@ from ..passes import cost, ir
 from ..passes.errors import Refuse
 from . import devices, lower_checks
 from .lower_checks import (
+    KINDS,
     Lowering,
     Plan,
     ask,
@@ -42,14 +43,6 @@ from .lower_products import lower_products
 
 aten = torch.ops.aten
 nf = torch.ops.normfuse
-
-_KINDS = {
-    nf.layer_norm.default: "layer",
-    nf.add_layer_norm.default: "layer",
-    nf.rms_norm.default: "rms",
-    nf.add_rms_norm.default: "rms",
-    nf.crms_norm.default: "crms",
-}
 
 
 @functools.cache
@@ -163,7 +156,7 @@ def _norm(node: fx.Node, nk: Any, model: Any, policy: str) -> Plan:
     vector(args.bias, "the bias", x.shape[-1])
     same_layout(node)
     reason = _measured("norm", x, policy)
-    rest = (args.gain, args.bias, args.eps, _KINDS[node.target])
+    rest = (args.gain, args.bias, args.eps, KINDS[node.target])
     rest = (*rest, args.norm_dtype, args.out_dtype)
     return "norm", reason, lambda: replace_single(node, nk.norm.default, args.x, *rest)
 
@@ -183,7 +176,7 @@ def _add_norm(node: fx.Node, nk: Any, model: Any, policy: str) -> Plan:
     vector(args.bias, "the bias", x.shape[-1])
     same_layout(node)
     reason = _measured("add_norm", x, policy)
-    rest = (args.gain, args.bias, args.eps, _KINDS[node.target])
+    rest = (args.gain, args.bias, args.eps, KINDS[node.target])
     rest = (*rest, args.norm_dtype, args.out_dtype)
     return (
         "add_norm",

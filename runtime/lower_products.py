@@ -25,6 +25,7 @@ from ..passes.errors import Refuse
 from ..passes.linear import Linear, match_linear
 from . import devices
 from .lower_checks import (
+    KINDS,
     Lowering,
     ask,
     casts,
@@ -40,13 +41,6 @@ from .lower_checks import (
 aten = torch.ops.aten
 nf = torch.ops.normfuse
 
-_KINDS = {
-    nf.layer_norm.default: "layer",
-    nf.add_layer_norm.default: "layer",
-    nf.rms_norm.default: "rms",
-    nf.add_rms_norm.default: "rms",
-    nf.crms_norm.default: "crms",
-}
 _ADDING = (nf.add_layer_norm.default, nf.add_rms_norm.default)
 _VIEWS = (aten.view, aten.reshape, aten._unsafe_view, aten.flatten)
 _CASTS = (torch.ops.prims.convert_element_type, aten.to, aten._to_copy, aten.contiguous, aten.alias)
@@ -111,7 +105,7 @@ def lower_products(gm: fx.GraphModule, nk: Any, model: Any, policy: str) -> list
     for node in list(gm.graph.nodes):
         if node._erased or node.op != "call_function":
             continue
-        if node.target in _KINDS:
+        if node.target in KINDS:
             found = _behind_norm
         elif node.target is nf.scaled_linear.default:
             found = _deferred
@@ -157,7 +151,7 @@ def _behind_norm(norm: fx.Node, nk: Any, model: Any, policy: str) -> list[tuple[
     for job in jobs:
         same_layout(job.last)
     reason = _pays(jobs, x, policy, model, deferred=False)
-    statistic = Statistic(_KINDS[norm.target], args.eps)
+    statistic = Statistic(KINDS[norm.target], args.eps)
     source = args.x
     if adding:
         source = emit_before(norm, aten.add.Tensor, args.x, args.residual)
