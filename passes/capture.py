@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import operator
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -140,7 +141,18 @@ class _FunctionModule(nn.Module):
 # ---------------------------------------------------------------------------------------------
 # torch.export
 
+#: ``torch.export`` patches modules process-wide while it traces: one capture at a time
+_exporting = threading.RLock()
+
 _UNSUPPORTED_LAYOUTS = "sparse, quantized, nested and meta tensors are not supported"
+
+
+def transforming() -> bool:
+    """True inside a transform of ``torch.func`` or a level of forward-mode AD."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def _check_inputs(args: tuple, kwargs: dict[str, Any]) -> None:
@@ -182,6 +194,11 @@ def export(
 ) -> torch.export.ExportedProgram:
     """``torch.export`` with automatic dynamic dims, falling back to static ones and strict mode."""
     _check_inputs(args, kwargs)
+    if transforming():
+        raise CaptureError(
+            f"{type(model).__name__} cannot be captured inside vmap, grad, jvp or another transform "
+            "of torch.func; capture it outside, with inputs as it sees them inside"
+        )
     _register_cache_pytrees()
     attempts: list[tuple[bool, bool]] = [(True, False)] if dynamic else []
     attempts += [(False, False), (False, True)]
@@ -190,6 +207,7 @@ def export(
         shapes = _auto_dims(args, kwargs) if use_dynamic else None
         try:
             with contextlib.ExitStack() as stack:
+                stack.enter_context(_exporting)
                 stack.enter_context(_quiet())
                 regions = stack.enter_context(recorded_checkpoints())
                 # strict tracing keeps custom functions whole, as Dynamo does

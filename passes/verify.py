@@ -27,21 +27,41 @@ def to_double(value: Any) -> Any:
     return value
 
 
-class DoubleInterpreter(fx.Interpreter):
-    """Runs an IR graph in float64: weights and inputs are promoted, every cast becomes float64.
+class PlainInterpreter(fx.Interpreter):
+    """Runs an IR graph as it is, but leaves the model's tensors alone.
 
-    Complex and integer values keep their dtype. Weights are promoted one at a time, as needed.
+    Graphs write into buffers (running statistics, caches). Those are copied first; parameters too if
+    any operation of the graph writes into what it is given.
     """
 
     def __init__(self, gm: fx.GraphModule, graph: fx.Graph | None = None) -> None:
         super().__init__(gm, garbage_collect_values=True, graph=graph)
         self.gm = gm
+        self._writes = any(
+            isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable
+            for n in self.graph.nodes
+        )
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = ir.attribute(self.gm, target)
+        if not isinstance(value, torch.Tensor):
+            return value
+        if self._writes or not isinstance(value, torch.nn.Parameter):
+            return value.detach().clone()
+        return value
+
+
+class DoubleInterpreter(PlainInterpreter):
+    """Runs an IR graph in float64: weights and inputs are promoted, every cast becomes float64.
+
+    Complex and integer values keep their dtype. Weights are promoted one at a time, as needed.
+    """
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         return to_double(super().placeholder(target, args, kwargs))
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = ir.attribute(self.gm, target)
+        value = super().get_attr(target, args, kwargs)
         if isinstance(value, fx.GraphModule):  # the body of a higher-order op
             return _double_body(value)
         return to_double(value)
@@ -93,8 +113,7 @@ def flat_plain(gm: fx.GraphModule, inputs: Sequence[Any], graph: fx.Graph | None
     """The graph's flat outputs in its own dtypes."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        interpreter = fx.Interpreter(gm, garbage_collect_values=True, graph=graph)
-        out = interpreter.run(*_copies(inputs), enable_io_processing=False)
+        out = PlainInterpreter(gm, graph).run(*_copies(inputs), enable_io_processing=False)
     return pytree.tree_leaves(out)
 
 

@@ -8,6 +8,7 @@ which :class:`WeightCache` runs once and again whenever one of its parameters ha
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import operator
 import threading
@@ -172,9 +173,9 @@ class WeightCache:
     """Runs a weight program once and again when one of its weights has changed.
 
     A change is noticed by tensor identity, storage address and version counter: in-place updates
-    under autograd's eyes, ``load_state_dict``, ``.to()`` and re-assignment all count. Writing through
-    ``p.data`` and writing to inference tensors leaves no trace: call :meth:`refresh` (or
-    ``normfuse.refresh()``) after those.
+    under autograd's eyes, ``load_state_dict``, ``.to()`` and re-assignment all count, and so does the
+    step of an optimizer, because fused ones count no version. Writing through ``p.data`` and writing
+    to inference tensors leaves no trace: call :meth:`refresh` (or ``normfuse.refresh()``) after those.
 
     Results keep their addresses across refreshes when shapes allow, as CUDA graphs require.
     """
@@ -188,6 +189,7 @@ class WeightCache:
         self._pointers: list[int] = []
         self._folded: tuple[torch.Tensor, ...] | None = None
         _live.add(self)
+        _watch_optimizers()
 
     def __call__(self, leaves: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Folded tensors for ``leaves`` (in the order of ``program.leaves``)."""
@@ -204,6 +206,10 @@ class WeightCache:
         """Forget the cached results; the next call recomputes them."""
         with self._lock:
             self._pointers = [-1]
+
+    def reads(self, ids: set[int]) -> bool:
+        """True if one of the weights it folded has its ``id`` among these."""
+        return any(id(t) in ids for t in self._leaves)
 
     @property
     def bytes(self) -> int:
@@ -242,6 +248,23 @@ class WeightCache:
 
 
 _live: weakref.WeakSet[WeightCache] = weakref.WeakSet()
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Fused steps write parameters without counting a version (compiled ones count it)."""
+    if torch.compiler.is_compiling():
+        return
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for cache in list(_live):
+        if cache.reads(stepped):
+            cache.refresh()
 
 
 class _autocast_off:

@@ -106,14 +106,25 @@ def bake(
         else:
             lifted.graph.erase_node(node)
     folded: dict[str, torch.Tensor] = {}
+    trainable: set[str] = set()
     if program is not None:
+        leaves = [ir.attribute(gm, names[i]) for i in program.leaves]
         with torch.no_grad():
-            tensors = program.module(*[ir.attribute(gm, names[i]) for i in program.leaves])
-        for node, tensor in zip(placeholders[-len(tensors) :], tensors, strict=True):
+            tensors = program.module(*leaves)
+        made_of = _ingredients(program.module.graph)
+        new = zip(placeholders[-len(tensors) :], tensors, made_of, strict=True)
+        for node, tensor, used in new:
             name = node.meta["fqn"]
+            # what was frozen stays so; a new bias trains if something it was made of does
+            if ir.has_attribute(gm, name):
+                trains = ir.attribute(gm, name).requires_grad
+            else:
+                trains = any(leaves[i].requires_grad for i in used)
             while name in read or name in folded:
                 name += "_folded"
             folded[name] = tensor.clone()
+            if trains:
+                trainable.add(name)
     if source.training:
         outline(lifted, emit_eager)
     lifted.recompile()
@@ -129,7 +140,15 @@ def bake(
         set_attribute(module, name, ir.attribute(gm, name))
     for name, tensor in folded.items():
         floating = tensor.is_floating_point()
-        set_attribute(module, name, nn.Parameter(tensor) if floating else tensor)
+        set_attribute(module, name, nn.Parameter(tensor, name in trainable) if floating else tensor)
     module.train(source.training)
     report.seconds = time.perf_counter() - start
     return module, report
+
+
+def _ingredients(graph: fx.Graph) -> list[set[int]]:
+    """For each output of a weight program, the inputs (by position) it is computed from."""
+    known = {n: {i} for i, n in enumerate(graph.find_nodes(op="placeholder"))}
+    for n in graph.nodes:
+        known.setdefault(n, set()).update(*(known[m] for m in n.all_input_nodes))
+    return [known[n] for n in graph.output_node().args[0]]  # type: ignore[index,union-attr]

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..passes import ir
 from ..passes.autocast import ambient, disabled
-from ..passes.capture import capture, checked_args, out_spec, set_attribute
+from ..passes.capture import capture, checked_args, out_spec, set_attribute, transforming
 from ..passes.errors import CaptureError, NormfuseError, Unsupported, VerificationError
 from ..passes.manager import Context, Pass, PassManager, copy_graph
 from ..passes.presets import policy_of, resolve
@@ -23,7 +23,7 @@ from ..passes.report import Report
 from ..passes.subgraphs import emit_eager, has_regions, outline
 from ..passes.verify import flat_plain, max_error
 from ..passes.weights import WeightCache, lift, split
-from .signature import Signature
+from .signature import Signature, Weights, layout
 
 #: How many input signatures one module keeps graphs for before it runs the original instead.
 MAX_GRAPHS = 16
@@ -51,12 +51,11 @@ class Graph:
     With gradients on, the weight program runs inline; without, it is split off and cached.
     """
 
-    def __init__(self, gm: fx.GraphModule, owner: nn.Module, in_spec: pytree.TreeSpec) -> None:
+    def __init__(self, gm: fx.GraphModule, owner: nn.Module) -> None:
         self.inline, self.names = lift(gm)
         self.inline.recompile()
         self._train = self._with_regions()
         self.signature = Signature(gm)
-        self.in_spec = in_spec
         self.out_spec = out_spec(gm)
         self.autocast = gm.meta.get("autocast", ())
         #: custom functions whose backward the capture could not see
@@ -65,7 +64,9 @@ class Graph:
         self.constants = {
             name: ir.attribute(gm, name) for name in self.names if not ir.has_attribute(owner, name)
         }
-        self._weight_types = [_type(t) for t in self._weights(owner)]
+        self.weights = Weights(
+            owner, {n: ir.attribute(owner, n) for n in self.names if n not in self.constants}
+        )
         self._split: fx.GraphModule | None = None
         self.cache: WeightCache | None = None
 
@@ -98,14 +99,21 @@ class Graph:
             self.constants[n] if n in self.constants else ir.attribute(owner, n) for n in self.names
         ]
 
-    def matches(self, owner: nn.Module, flat: Sequence[Any]) -> bool:
+    def matches(self, flat: Sequence[Any]) -> bool:
         """True if the graph stands for these inputs and for the weights as they are now.
 
-        ``.to(dtype)``, ``.to(device)`` and resized parameters call for a new graph.
+        ``.to(dtype)``, ``.to(device)``, resized and untied parameters call for a new graph.
         """
-        return self.signature.matches(flat) and self._weight_types == [
-            _type(t) for t in self._weights(owner)
-        ]
+        return self.signature.matches(flat) and self.weights.unchanged()
+
+    def traces(self, owner: nn.Module, flat: Sequence[Any]) -> bool:
+        """:meth:`matches` and more, while Dynamo or ``torch.export`` is watching."""
+        return (
+            self.autocast == ambient()
+            and self.signature.traces(flat)
+            and self.weights.same_modules(owner)
+            and self.weights.unchanged()
+        )
 
     def run(self, owner: nn.Module, flat: Sequence[Any], *, inline: bool) -> list[Any]:
         weights = self._weights(owner)
@@ -123,19 +131,15 @@ class Graph:
         return list(out) if isinstance(out, (tuple, list)) else [out]
 
 
-def _type(t: torch.Tensor) -> tuple:
-    return (t.dtype, t.device, t.shape)
-
-
 class RewrittenModule(nn.Module):
     """A model whose forward runs rewritten graphs.
 
     It has the original's submodules, parameters and buffers under their own names: ``state_dict``,
     optimizers, ``.to()``, ``requires_grad_`` and hooks on parameters work as before (forward hooks on
-    submodules do not run: their code was captured). ``train()`` and ``eval()`` each have their own
-    graphs, captured at first use; so have new input signatures (another dtype, structure or a size
-    the capture fixed). When a signature cannot be captured, the original code runs and a warning
-    says why.
+    submodules do not run: their code was captured). ``train()`` and ``eval()``, of the whole or of
+    a submodule, each have their own graphs, captured at first use; so have new input signatures
+    (another dtype, structure or a size the capture fixed). Replacing a submodule or untying a weight
+    captures anew. When a signature cannot be captured, the original code runs and a warning says why.
 
     Attributes:
         report: of the first graph. ``reports`` holds all of them.
@@ -153,6 +157,7 @@ class RewrittenModule(nn.Module):
         self.__dict__["_settings"] = settings
         self.__dict__["_graphs"] = {}
         self.__dict__["_captured"] = []  # the same graphs, in a form Dynamo can trace through
+        self.__dict__["_structure"] = ()  # the modules they were captured from
         #: names of parameters that passes added to the model
         self.new_parameters: list[str] = []
         self.reports: list[Report] = []
@@ -218,16 +223,20 @@ class RewrittenModule(nn.Module):
         flat, in_spec = pytree.tree_flatten((args, kwargs))
         if torch.compiler.is_compiling():
             return self._forward_compiling(flat, in_spec, args, kwargs)
-        key = (self.training, in_spec, ambient())
-        for graph in self._graphs.get(key, ()):
-            if graph.matches(self, flat):
+        structure, modes = layout(self)
+        if structure != self._structure and "_is_replica" not in self.__dict__:
+            self._graphs.clear()
+            self._captured.clear()
+        for graph in self._graphs.get((modes, in_spec, ambient()), ()):
+            if graph.matches(flat):
                 break
         else:
-            graph = self._capture(key, flat, args, kwargs)
+            graph = self._capture(in_spec, args, kwargs)
             if graph is None:
                 return self._source(*args, **kwargs)
-        inline = torch.is_grad_enabled()
-        if inline and graph.functions and self._differentiated(flat):
+        # inside a transform weights are no tensors to keep anything of
+        inline = torch.is_grad_enabled() or transforming()
+        if torch.is_grad_enabled() and graph.functions and self._differentiated(flat):
             self._warn_once(f"the graph has no backward of {', '.join(graph.functions)}")
             return self._source(*args, **kwargs)
         out = pytree.tree_unflatten(graph.run(self, flat, inline=inline), graph.out_spec)
@@ -235,14 +244,14 @@ class RewrittenModule(nn.Module):
 
     def _forward_compiling(self, flat: list, in_spec: Any, args: Any, kwargs: Any) -> Any:
         """Under ``torch.compile`` or ``torch.export``: the graph inline, weight program and all."""
-        for training, graph in self._captured:
+        for graph_spec, graph in self._captured:
             if graph.functions and torch.is_grad_enabled():
                 continue
-            if training == self.training and graph.in_spec == in_spec:
+            if graph_spec == in_spec and graph.traces(self, flat):
                 return pytree.tree_unflatten(graph.run(self, flat, inline=True), graph.out_spec)
         return self._source(*args, **kwargs)
 
-    def _capture(self, key: tuple, flat: list[Any], args: Any, kwargs: Any) -> Graph | None:
+    def _capture(self, in_spec: pytree.TreeSpec, args: Any, kwargs: Any) -> Graph | None:
         try:
             if sum(map(len, self._graphs.values())) >= MAX_GRAPHS:
                 raise CaptureError(
@@ -253,7 +262,7 @@ class RewrittenModule(nn.Module):
             self._warn_once(str(error))
             return None
         self.reports.append(report)
-        self._add(key, graph)
+        self._add(in_spec, graph)
         return graph
 
     def _warn_once(self, text: str) -> None:
@@ -265,9 +274,11 @@ class RewrittenModule(nn.Module):
         tensors = (*self.parameters(), *(x for x in flat if isinstance(x, torch.Tensor)))
         return any(t.requires_grad for t in tensors)
 
-    def _add(self, key: tuple, graph: Graph) -> None:
-        self._graphs.setdefault(key, []).append(graph)
-        self._captured.append((key[0], graph))
+    def _add(self, in_spec: pytree.TreeSpec, graph: Graph) -> None:
+        # after the capture: passes may have added modules
+        self.__dict__["_structure"], modes = layout(self)
+        self._graphs.setdefault((modes, in_spec, ambient()), []).append(graph)
+        self._captured.append((in_spec, graph))
 
 
 def _write_back(args: Any, kwargs: Any, out: Any) -> Any:
@@ -308,10 +319,10 @@ def build(
     gm = capture(source, tuple(args), dict(kwargs), dynamic=settings.dynamic)
     for name in owner.new_parameters:  # an earlier graph's additions are this one's too
         set_attribute(gm, name, ir.attribute(source, name))
-    flat, in_spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    flat = pytree.tree_leaves((tuple(args), dict(kwargs)))
     report, _ = transform(gm, flat, settings, training=source.training)
     owner.adopt(gm.meta.get("new_parameters", {}))
-    graph = Graph(gm, owner, in_spec)
+    graph = Graph(gm, owner)
     if not torch.is_grad_enabled():
         cache = graph.prepare_inference()
         report.weight_bytes = cache.program.bytes if cache is not None else 0
@@ -431,18 +442,25 @@ def rewrite(
         raise NormfuseError(f"weights must be 'live' or 'baked', got {weights!r}")
     settings = make_settings(passes, policy, disable, verify, dynamic, fuel)
     args, kwargs = checked_args(args), dict(kwargs or {})
-    source = model if inplace else copy.deepcopy(model)
+    source = model if inplace else _copied(model)
     if weights == "baked":
         from .bake import bake
 
         return _checked(bake(source, args, kwargs, settings), strict)
     module = RewrittenModule(source, settings)
     graph, report = build(module, source, args, kwargs, settings)
-    in_spec = pytree.tree_structure((args, kwargs))
-    key = (module.training, in_spec, ambient())
-    module._add(key, graph)
+    module._add(pytree.tree_structure((args, kwargs)), graph)
     module.reports.append(report)
     return _checked((module, report), strict)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise NormfuseError(
+            f"{type(model).__name__} cannot be copied ({error}); inplace=True shares its parameters"
+        ) from error
 
 
 def _checked(result: tuple[nn.Module, Report], strict: bool) -> tuple[nn.Module, Report]:

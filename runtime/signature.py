@@ -1,14 +1,16 @@
-"""What inputs a captured graph stands for, checked before every call."""
+"""What inputs, weights and modules a captured graph stands for, checked before every call."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.printers import PythonPrinter
 
 from ..passes import ir
 
@@ -28,6 +30,15 @@ class Signature:
             if isinstance(v, torch._subclasses.FakeTensor) and v.fake_mode.shape_env is not None:
                 self._env = v.fake_mode.shape_env
                 break
+        self._trace = _Traceable(self._expected, self._env)
+
+    def traces(self, inputs: Sequence[Any]) -> bool:
+        """:meth:`matches` in terms Dynamo and ``torch.export`` trace: sizes may be symbolic.
+
+        What it asks about a symbolic size becomes a guard. It says no where the question has no
+        such form.
+        """
+        return self._trace.accepts(inputs)
 
     def matches(self, inputs: Sequence[Any]) -> bool:
         """True if the graph computes the model's function on ``inputs``."""
@@ -93,5 +104,173 @@ class Signature:
         for guard in self._env.guards:
             outcome = guard.expr.subs(binding)
             if outcome == sympy.false:
+                return False
+        return True
+
+
+class _Traceable:
+    """A signature as plain data and small functions of sizes."""
+
+    def __init__(self, expected: Sequence[Any], env: ShapeEnv | None) -> None:
+        self.count = len(expected)
+        #: (input, value) of what must be this very constant
+        self.constants: list[tuple[int, Any]] = []
+        #: (input, dtype, device, rank)
+        self.tensors: list[tuple[int, torch.dtype, torch.device, int]] = []
+        #: (input, dim, size) of sizes the capture fixed
+        self.fixed: list[tuple[int, int, int]] = []
+        #: (input, dim or -1 for the input itself, slot) of sizes that may vary; one slot a symbol
+        self.varying: list[tuple[int, int, int]] = []
+        self.slots = 0
+        #: functions of the slots' values; ``None`` if one of them could not be written
+        self.conditions: list[Callable[..., bool]] | None = []
+        symbols: dict[sympy.Symbol, int] = {}
+        derived: list[tuple[sympy.Expr, int]] = []
+
+        def slot(size: torch.SymInt) -> int:
+            expr = size.node.expr
+            if isinstance(expr, sympy.Symbol) and expr in symbols:
+                return symbols[expr]
+            self.slots += 1
+            if isinstance(expr, sympy.Symbol):
+                symbols[expr] = self.slots - 1
+            else:
+                derived.append((expr, self.slots - 1))
+            return self.slots - 1
+
+        for i, v in enumerate(expected):
+            if isinstance(v, torch.Tensor):
+                self.tensors.append((i, v.dtype, v.device, v.dim()))
+                for dim, size in enumerate(v.shape):
+                    if isinstance(size, torch.SymInt):
+                        self.varying.append((i, dim, slot(size)))
+                    else:
+                        self.fixed.append((i, dim, size))
+            elif isinstance(v, torch.SymInt):
+                self.varying.append((i, -1, slot(v)))
+            else:
+                self.constants.append((i, v))
+        texts = [f"{{0}} == v[{at}]" for _, at in derived]
+        exprs = [e for e, _ in derived]
+        if env is not None:
+            for symbol in symbols:
+                bounds = env.var_to_range.get(symbol)
+                if bounds is not None:
+                    limits = (sympy.Ge(symbol, bounds.lower, evaluate=False),)
+                    if bounds.upper not in (int_oo, sympy.oo):
+                        limits += (sympy.Le(symbol, bounds.upper, evaluate=False),)
+                    exprs += limits
+                    texts += ["{0}"] * len(limits)
+            exprs += [guard.expr for guard in env.guards]
+            texts += ["{0}"] * len(env.guards)
+        for expr, text in zip(exprs, texts, strict=True):
+            if expr == sympy.true or (text == "{0}" and not expr.free_symbols & set(symbols)):
+                continue
+            if not expr.free_symbols <= set(symbols):
+                self.conditions = None
+                return
+            names = {s: sympy.Symbol(f"v[{at}]", integer=True) for s, at in symbols.items()}
+            try:
+                code = text.format(f"({PythonPrinter().doprint(expr.xreplace(names))})")
+                self.conditions.append(eval(f"lambda v: {code}"))
+            except Exception:  # a function without a Python spelling
+                self.conditions = None
+                return
+
+    def accepts(self, inputs: Sequence[Any]) -> bool:
+        if len(inputs) != self.count or self.conditions is None:
+            return False
+        for i, value in self.constants:
+            if type(inputs[i]) is not type(value) or inputs[i] != value:
+                return False
+        for i, dtype, device, rank in self.tensors:
+            x = inputs[i]
+            if not isinstance(x, torch.Tensor) or x.dtype != dtype or x.dim() != rank:
+                return False
+            if x.device != device:
+                return False
+        for i, dim, size in self.fixed:
+            if inputs[i].shape[dim] != size:
+                return False
+        values: list[Any] = [None] * self.slots
+        for i, dim, at in self.varying:
+            value = inputs[i] if dim < 0 else inputs[i].shape[dim]
+            if values[at] is None:
+                values[at] = value
+            elif values[at] != value:
+                return False
+        return all(condition(values) for condition in self.conditions)
+
+
+def _mode(m: nn.Module) -> tuple[bool, float | None]:
+    p = m.__dict__.get("p")
+    return m.training, p if isinstance(p, (float, int)) else None
+
+
+def layout(root: nn.Module) -> tuple[tuple[int, ...], tuple[Any, ...]]:
+    """Which modules there are below ``root`` (by identity), and the mode each of them is in.
+
+    Modes are ``training`` and the probability ``p`` of dropouts, which schedules change.
+    """
+    modules: list[nn.Module] = [root]
+    seen: dict[int, Any] = {}
+    for m in modules:  # grows while it is read
+        if id(m) not in seen:
+            seen[id(m)] = _mode(m)
+            modules.extend(child for child in m._modules.values() if child is not None)
+    return tuple(seen), tuple(seen.values())
+
+
+class Weights:
+    """The model's tensors that a graph reads: where they are, of what type, and which are one.
+
+    Args:
+        owner: the model.
+        tensors: what the graph reads, by qualified name.
+    """
+
+    def __init__(self, owner: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._places: list[tuple[nn.Module, str, tuple]] = []
+        by_id: dict[int, tuple[nn.Module, str]] = {}
+        for name, tensor in tensors.items():
+            path, _, last = name.rpartition(".")
+            module = ir.attribute(owner, path) if path else owner
+            self._places.append((module, last, self._type(module, last)))
+            by_id[id(tensor)] = module, last
+        self._ties: list[tuple[nn.Module, str, nn.Module, str]] = []
+        self.modules = [(path, m, _mode(m)) for path, m in owner.named_modules()]
+        for _, m, _ in self.modules:
+            for last, tensor in (*m._parameters.items(), *m._buffers.items()):
+                place = by_id.get(id(tensor), (m, last))
+                if place != (m, last):
+                    self._ties.append((m, last, *place))
+
+    @staticmethod
+    def _type(module: nn.Module, name: str) -> tuple:
+        registered = name in module._parameters or name in module._buffers
+        t = getattr(module, name, None)
+        if not isinstance(t, torch.Tensor):
+            return ()
+        return t.dtype, t.device, t.shape, registered  # pruning leaves an attribute behind
+
+    def unchanged(self) -> bool:
+        """True if a graph that read these tensors may read what is in their places now."""
+        for module, name, expected in self._places:
+            if self._type(module, name) != expected:
+                return False
+        for module, name, other, other_name in self._ties:
+            if getattr(module, name, None) is not getattr(other, other_name, None):
+                return False
+        return True
+
+    def same_modules(self, owner: nn.Module) -> bool:
+        """What :func:`layout` tells, in terms Dynamo traces."""
+        for path, module, mode in self.modules:
+            now = owner
+            for part in path.split(".") if path else ():
+                now = now._modules.get(part)
+                if now is None:
+                    return False
+            if now is not module or _mode(now) != mode:
                 return False
         return True

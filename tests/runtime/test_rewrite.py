@@ -11,6 +11,7 @@ from models import Transformer, ids, trained_like
 from normfuse import CaptureError, NormfuseError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import prune
 
 WEIGHTS = ["live", "baked"]
 
@@ -306,3 +307,165 @@ def test_bisect_names_the_guilty_site(model, monkeypatch):
     assert (culprit.pass_name, culprit.site) == ("fold_affine", "blocks.1.norm2")
     monkeypatch.undo()
     assert normfuse.bisect(model, (ids(),), passes=["fold_affine"]) is None
+
+
+class Mixed(nn.Module):
+    """Something of everything whose state may change behind a captured graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.a2 = nn.Linear(8, 8, bias=False)
+        self.a2.weight = self.a.weight
+        self.batch, self.drop = nn.BatchNorm1d(8), nn.Dropout(0.5)
+
+    def forward(self, x, negate=False):
+        y = self.b(self.drop(self.batch(self.a(self.norm(x)) + self.a2(x))))
+        return -y if negate else y
+
+
+class Lora(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.delta = base, nn.Parameter(torch.ones_like(base.weight))
+
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+
+    def forward(self, x):
+        return self.base(x) + x @ self.delta
+
+
+def untie(m):
+    m.a2.weight = nn.Parameter(m.a2.weight.detach() * 3)
+
+
+def prune_and_edit(m):
+    prune.l1_unstructured(m.b, "weight", 0.5)
+    with torch.no_grad():
+        m.b.weight_orig.mul_(2)
+
+
+CHANGES = {
+    "freeze a batch norm": (True, lambda m: m.batch.eval()),
+    "dropout in eval": (False, lambda m: m.drop.train()),
+    "dropout schedule": (True, lambda m: setattr(m.drop, "p", 0.0)),
+    "adapter": (False, lambda m: setattr(m, "b", Lora(m.b))),
+    "no norm": (False, lambda m: setattr(m, "norm", nn.Identity())),
+    "untied": (False, untie),
+    "pruned": (False, prune_and_edit),
+}
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_of_modules_are_seen(change, traced):
+    training, edit = CHANGES[change]
+    model = trained_like(Mixed()).double().train(training)
+    x = torch.randn(4, 8, dtype=torch.float64)
+    new, _ = normfuse.rewrite(model, (x,), policy="always")
+    f = torch.compile(new, backend="aot_eager") if traced else new
+    for m in (model, new):
+        edit(m)
+    for _ in range(2):
+        torch.manual_seed(1)
+        expected = model(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(f(x), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(new.batch.running_var, model.batch.running_var)
+
+
+@pytest.mark.parametrize("mode", [torch.compile, torch.export.export])
+def test_tracing_a_rewritten_module_checks_what_its_graphs_stand_for(mode):
+    class Positions(Mixed):
+        def __init__(self):
+            super().__init__()
+            self.position = nn.Parameter(torch.randn(5, 8))
+
+        def forward(self, x, negate=False):
+            return super().forward(x + self.position if x.shape[0] == 5 else 2 * x, negate)
+
+    model = trained_like(Positions()).double().eval()
+    new, _ = normfuse.rewrite(model, (torch.randn(5, 8, dtype=torch.float64), True))
+    for rows, negate in ((5, True), (5, False), (1, True), (7, True)):
+        x = torch.randn(rows, 8, dtype=torch.float64)
+        if mode is torch.compile:
+            out = torch.compile(new, backend="aot_eager")(x, negate)
+        else:
+            out = torch.export.export(new, (x, negate)).module()(x, negate)
+        torch.testing.assert_close(out, model(x, negate), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_verification_leaves_running_statistics_alone(inplace):
+    model = trained_like(Mixed()).double().train()
+    before = copy.deepcopy(model.state_dict())
+    x = torch.randn(4, 8, dtype=torch.float64)
+    normfuse.explain(model, (x,), policy="always", verify=True)
+    new, report = normfuse.rewrite(model, (x,), policy="always", inplace=inplace)
+    assert not report.failed_verification
+    for name, value in new.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_steps_of_fused_optimizers_are_seen(model):
+    new, _ = normfuse.rewrite(model, (ids(),), policy="always")
+    logits(new, ids())
+    for m in (model, new):
+        optimizer = torch.optim.SGD(m.parameters(), lr=0.1, fused=True)
+        m(ids())["logits"].square().mean().backward()
+        optimizer.step()
+    torch.testing.assert_close(logits(new, ids()), logits(model, ids()))
+
+
+def test_function_transforms_without_gradients():
+    from torch.func import functional_call, jvp, vmap
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8))
+    model = trained_like(model).double().eval()
+    x = torch.randn(4, 8, dtype=torch.float64)
+    new, _ = normfuse.rewrite(model, (x,), policy="always")
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    stacked = {n: torch.stack([p, 2 * p]) for n, p in weights.items()}
+
+    def of(m):
+        def f(p):
+            return functional_call(m, p, (x,))
+
+        return vmap(f)(stacked), *jvp(f, (weights,), (weights,)), m(x)
+
+    with torch.no_grad():
+        new(x)
+        for a, b in zip(of(new), of(model), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    with pytest.warns(UserWarning, match="inside vmap, grad, jvp"):
+        out = vmap(new)(x)  # rows without a batch: no graph, and none can be made here
+    torch.testing.assert_close(out, model(x))
+
+
+def test_baked_weights_stay_frozen(model):
+    for name, p in model.named_parameters():
+        p.requires_grad_("blocks.0" in name)
+    new, _ = normfuse.rewrite(model, (ids(),), passes="rotation_ready", weights="baked")
+    trainable = {n for n, p in new.named_parameters() if p.requires_grad}
+    assert trainable and all("blocks.0" in n for n in trainable)
+
+
+def test_threads_capture_one_at_a_time(model):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from normfuse.passes import capture
+
+    shapes = [(1, 3), (2, 5), (3, 4), (1, 1)]
+    with ThreadPoolExecutor(4) as pool:
+        graphs = list(pool.map(lambda s: capture(model, (ids(*s),), dynamic=False), shapes))
+    for gm, shape in zip(graphs, shapes, strict=True):
+        torch.testing.assert_close(logits(gm, ids(*shape)), logits(model, ids(*shape)))
+
+
+def test_models_that_cannot_be_copied_say_what_to_do():
+    model = Mixed().eval()
+    prune.l1_unstructured(model.b, "weight", 0.5)
+    x = torch.randn(4, 8)
+    with pytest.raises(NormfuseError, match="inplace=True"):
+        normfuse.rewrite(model, (x,))
