@@ -86,9 +86,7 @@ class Signature:
             elif isinstance(expected, torch.SymInt):
                 if not isinstance(x, int) or not bind(expected, x):
                     return False
-            elif isinstance(x, torch.Tensor) or (
-                expected is not None and (type(x) is not type(expected) or x != expected)
-            ):
+            elif type(x) is not type(expected) or x != expected:
                 return False
         if any(int(expr.subs(binding)) != actual for expr, actual in derived):
             return False

@@ -469,3 +469,18 @@ def test_models_that_cannot_be_copied_say_what_to_do():
     x = torch.randn(4, 8)
     with pytest.raises(NormfuseError, match="inplace=True"):
         normfuse.rewrite(model, (x,))
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_constants_among_the_inputs_are_part_of_the_signature(traced):
+    class Scaled(Mixed):
+        def forward(self, x, by=None):
+            scale = 1 if by is None else 5 if isinstance(by, str) else by
+            return super().forward(x) * scale
+
+    model = trained_like(Scaled()).double().eval()
+    x = torch.randn(4, 8, dtype=torch.float64)
+    new, _ = normfuse.rewrite(model, (x, None), policy="always")
+    f = torch.compile(new, backend="eager") if traced else new
+    for by in (None, 3, "a", 2.5, True, None, torch.tensor(2.0, dtype=torch.float64)):
+        torch.testing.assert_close(f(x, by), model(x, by), rtol=1e-10, atol=1e-12)
