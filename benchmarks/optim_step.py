@@ -2,6 +2,7 @@
 
     python benchmarks/optim_step.py --compiled      # all sets, float32 (a quarter of an hour)
     python benchmarks/optim_step.py --quick         # a few small matrices (seconds)
+    python benchmarks/optim_step.py --bytes         # what is bound by memory, against its floor
     python benchmarks/optim_step.py --sets gpt2-small --dtype bfloat16 --device cuda
 
 Every contestant steps on its own copy of the same matrices; contestants are interleaved, medians
@@ -33,6 +34,16 @@ import torch
 from normfuse import optim
 from normfuse.optim import coefficients as co
 from normfuse.optim import newton_schulz as ns
+from normfuse.optim.base import Algorithm, MatrixOptimizer
+from normfuse.optim.pipeline import Pipeline
+from normfuse.optim.stages import (
+    ClipOutliers,
+    Momentum,
+    NormalizeSecondMoment,
+    Scale,
+    Sinkhorn,
+    Stage,
+)
 from torch import nn
 
 SETS: dict[str, list[tuple[int, tuple[int, int]]]] = {
@@ -315,6 +326,89 @@ def measure(name: str, args: argparse.Namespace) -> dict:
     }
 
 
+# -- what is bound by memory -----------------------------------------------------------------------
+
+
+def copy_rate(device: str) -> float:
+    """Bytes read and written a second by a copy far larger than any cache."""
+    a, b = (torch.ones(2**25, device=device) for _ in range(2))
+    return 2 * 4 * a.numel() / min(_timed(lambda: a.copy_(b), device) for _ in range(7))
+
+
+def _member(label: str, *stages: Stage) -> type[MatrixOptimizer]:
+    """An optimizer of these stages and torch.optim.Muon's defaults."""
+    made = Algorithm(
+        f"bytes-{label}",
+        lambda group: Pipeline((*stages, Scale("original")), ("momentum", "beta2")),
+        {"lr": 1e-3, "weight_decay": 0.1, "momentum": 0.95, "beta2": 0.95},
+    )
+
+    class Member(MatrixOptimizer):
+        algorithm = made
+
+        def __init__(self, params: Any, **options: Any) -> None:
+            super().__init__(params, {}, **options)
+
+    return Member
+
+
+#: Label, passes over the matrix that the algorithm cannot do without, stages. A parameter's update is two
+#: (read, write). Orthogonalization is left out: the gradient stands for its result.
+BYTES: list[tuple[str, int, tuple[Stage, ...]]] = [
+    ("decay, update", 3, ()),
+    ("momentum, decay, update", 5, (Momentum(),)),
+    ("NorMuon's tail, decay, update", 4, (NormalizeSecondMoment(),)),
+    ("SinkGD's five sweeps, decay, update", 8, (Sinkhorn(),)),
+    ("ROOT's quantile and clamp, decay, update", 4, (ClipOutliers(),)),
+]
+
+
+def measure_bytes(name: str, args: argparse.Namespace) -> dict:
+    """One set, a quarter of its matrices: each memory-bound part of a step against its floor."""
+    rate = copy_rate(args.device)
+    params = [p for i, p in enumerate(parameters(name, args.device)) if i % 4 == 0]
+    entries = sum(p.numel() for p in params)
+    steppers: dict[str, tuple[int, Any]] = {}
+    for label, passes, stages in BYTES:
+        kind = _member(label, *stages)
+        steppers[label] = (passes, kind(params, non_finite="propagate"))
+        if args.compiled:
+            steppers[f"{label}, compiled"] = (
+                passes,
+                kind(params, non_finite="propagate", compile=True),
+            )
+    sgd = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}
+    steppers["torch.optim.SGD, foreach"] = (5, torch.optim.SGD(params, foreach=True, **sgd))
+    steppers["torch.optim.SGD, fused"] = (5, torch.optim.SGD(params, fused=True, **sgd))
+    times: dict[str, list[float]] = {label: [] for label in steppers}
+    for i in range(args.repeats + 2):  # two to warm up
+        for label, (_, opt) in steppers.items():
+            spent = _timed(opt.step, args.device)
+            if i >= 2:
+                times[label].append(spent)
+    rows = {}
+    for label, (passes, _) in steppers.items():
+        median, floor = statistics.median(times[label]), passes * 4 * entries / rate
+        rows[label] = {"passes": passes, "floor": floor, "median": median, "floors": median / floor}
+    return {"set": name, "entries": entries, "copy_rate": rate, "bytes": rows}
+
+
+def bytes_markdown(r: dict) -> list[str]:
+    lines = [
+        f"### {r['set']}, memory-bound parts, {r['entries'] / 1e6:.1f} M entries",
+        f"copy {r['copy_rate'] / 1e9:.1f} GB/s",
+        "",
+        "| part | passes | floor ms | median ms | × floor |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for label, row in r["bytes"].items():
+        lines.append(
+            f"| {label} | {row['passes']} | {row['floor'] * 1e3:.1f} | {row['median'] * 1e3:.1f} | "
+            f"{row['floors']:.2f} |"
+        )
+    return [*lines, ""]
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -322,6 +416,9 @@ def _name(dtype: torch.dtype) -> str:
 def markdown(results: list[dict]) -> str:
     lines = []
     for r in results:
+        if "bytes" in r:
+            lines += bytes_markdown(r)
+            continue
         lines += [
             f"### {r['set']}, {r['matrices']} matrices, {r['dtype']}",
             "GEMM "
@@ -351,6 +448,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--budget", type=float, default=25.0, help="seconds a contestant, a set")
+    parser.add_argument("--bytes", action="store_true", help="only what is bound by memory")
     parser.add_argument("--compiled", action="store_true", help="also compiled steps")
     parser.add_argument(
         "--cpu-time",
@@ -369,7 +467,8 @@ def main() -> None:
     unknown = set(args.sets) - set(SETS)
     if unknown:
         parser.error(f"unknown sets {sorted(unknown)}; known: {', '.join(SETS)}")
-    results = [measure(name, args) for name in args.sets]
+    work = measure_bytes if args.bytes else measure
+    results = [work(name, args) for name in args.sets]
     text = markdown(results)
     print(text)
     if args.out:
@@ -383,7 +482,7 @@ def main() -> None:
             "clock": "processor time" if args.cpu_time else "wall",
             "results": results,
         }
-        stem = f"optim_step-{args.device}-{args.dtype}"
+        stem = f"optim_{'bytes' if args.bytes else 'step'}-{args.device}-{args.dtype}"
         (args.out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
         (args.out / f"{stem}.md").write_text(text)
 

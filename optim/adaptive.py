@@ -33,14 +33,15 @@ class AdamMoments(Stage):
     def __call__(self, batch: Batch) -> Batch:
         g, b1, b2 = batch.update, batch.hyper["beta1"], batch.hyper["beta2"]
         m, v = batch.state["exp_avg"], batch.state["exp_avg_sq"]
-        m = m + (1 - b1) * (g - m)
-        v = b2 * v + (1 - b2) * g * g
+        m = torch.lerp(m, g, (1 - b1).to(g.dtype))
+        v = torch.lerp(v, g * g, (1 - b2).to(g.dtype))
         assert batch.step is not None
         step = batch.step.to(b1.dtype)
-        root = (1 - b2**step).sqrt().to(g.dtype)
-        first = (1 - b1**step).to(g.dtype)
-        top = b1 * m + (1 - b1) * g if self.nesterov else m
-        return batch.with_(top / (v.sqrt() / root + self.eps) / first, exp_avg=m, exp_avg_sq=v)
+        root, first = (1 - b2**step).sqrt(), 1 - b1**step
+        top = torch.lerp(g, m, b1.to(g.dtype)) if self.nesterov else m
+        # m/first / (√v/root + eps), the corrections multiplied out: they are numbers, not matrices
+        bottom = v.sqrt() * (first / root).to(g.dtype) + (first * self.eps).to(g.dtype)
+        return batch.with_(top / bottom, exp_avg=m, exp_avg_sq=v)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,17 @@ import torch
 from torch import Tensor
 
 from . import newton_schulz as ns
-from .pipeline import COMMON_HYPER, COMPILED, Pipeline, Tensors, make_batch, run
+from .pipeline import (
+    COMMON_HYPER,
+    COMPILED,
+    PIECE,
+    Pipeline,
+    Tensors,
+    make_batch,
+    run,
+    run_in_pieces,
+    run_unscaled,
+)
 from .stages import StateSpec
 
 VIEWS = ("matrix", "flatten", "batch")
@@ -291,7 +301,7 @@ class Bucket:
     def _portions(self, active: Sequence[int]) -> list[list[int]]:
         """``active`` in runs of neighbours whose matrices fill the caches."""
         threads = torch.get_num_threads()
-        each = max(1, self.rows * self.cols * self._computing().itemsize)
+        each = max(1, self._matrix_bytes())
         limit = max(1, CACHE_BYTES // each) * threads
         out: list[list[int]] = []
         count = 0
@@ -335,8 +345,14 @@ class Bucket:
         tensors = Tensors(grad, states, self.hyper, constants, step, param)
         if self.periodic:
             self._refresh(active, tensors)
+        large = self.device.type == "cpu" and self._matrix_bytes() > CACHE_BYTES
+        factor = None
         if compile and whole:
             update, decay = COMPILED.get(self.pipeline, tensors, masked)(tensors)
+        elif large and not masked and self._stream(slots, tensors, apply):
+            update = None
+        elif large and not masked:
+            update, factor, decay = run_unscaled(self.pipeline, tensors)
         else:
             # a part of a bucket is a rare step of a changing size: it is not worth a compilation
             update, decay = run(self.pipeline, tensors, masked)
@@ -345,8 +361,8 @@ class Bucket:
                 v[index] = states[k]
             if self.step is not None and step is not None:
                 self.step[index] = step
-        if apply:
-            self._apply(slots, update, decay)
+        if apply and update is not None:
+            self._apply(slots, update, decay, factor)
 
     def _refresh(self, active: Sequence[int], t: Tensors) -> None:
         """Run the stages' rare work on the matrices for which it is due."""
@@ -375,35 +391,80 @@ class Bucket:
         for i in active:
             self._host_steps[i] += 1
 
-    def _apply(self, slots: Sequence[Slot], update: Tensor, decay: Tensor | None) -> None:
-        """``p ← p·decay + update`` (or the other order), each matrix in place."""
+    def _keep(self) -> Any:
+        """The factor ``1 - lr·λ`` on all parameters: a number on CPUs, where reading it costs nothing,
+        else a 0-d tensor; None for 1."""
+        if _is_zero(self.group["weight_decay"]):
+            return None
+        rate = self.hyper["lr"] * self.hyper["weight_decay"] * self.pipeline.decay_factor
+        return 1 - float(rate) if self.device.type == "cpu" else 1 - rate
+
+    def _add(self, target: Tensor, update: Tensor, keep: Any) -> None:
+        add_decayed(
+            target,
+            update,
+            keep,
+            after=self.pipeline.decay_order == "after",
+            cautious=self.pipeline.cautious,
+        )
+
+    def _stream(self, slots: Sequence[Slot], t: Tensors, apply: bool) -> bool:
+        """Every entry's step from gradient to parameter, a piece at a time; False if not possible."""
         targets = [s.target(s.param) for s in slots]
-        pieces = update.split([s.count for s in slots])
-        updates = [s.view(u) for s, u in zip(slots, pieces, strict=True)]
-        factors: Any
+        if not all(p.is_contiguous() for p in targets):
+            return False
+        flat = [m for s, p in zip(slots, targets, strict=True) for m in p.view(s.count, -1)]
+        alike = self._keep()
+
+        def sink(b: int, span: slice, update: Tensor, decay: Tensor | None) -> None:
+            if apply:
+                self._add(flat[b][span], update, alike if decay is None else float(decay))
+
+        return run_in_pieces(self.pipeline, t, sink)
+
+    def _apply(
+        self,
+        slots: Sequence[Slot],
+        update: Tensor,
+        decay: Tensor | None,
+        factor: Tensor | None = None,
+    ) -> None:
+        """``p ← p·decay + update·factor``, reading and writing each parameter once.
+
+        ``factor`` is given for large matrices on CPUs: they are multiplied a piece at a time.
+        """
+        targets = [s.target(s.param) for s in slots]
+        counts = [s.count for s in slots]
+        alike = None if decay is not None else self._keep()
+        keeps: list[Any] = [alike] * len(slots)
         if decay is not None:
-            per = decay.to(self._computing()).flatten().split([s.count for s in slots])
-            factors = [f[0] for f in per]
-        else:
-            rate = self.hyper["lr"] * self.hyper["weight_decay"] * self.pipeline.decay_factor
-            factors = None if _is_zero(self.group["weight_decay"]) else 1 - rate
-        if self.pipeline.decay_order == "after":
-            torch._foreach_add_(targets, updates)
-        if factors is not None:
-            if self.pipeline.cautious:
-                one = torch.ones_like(factors if isinstance(factors, Tensor) else factors[0])
-                for i, (t, u) in enumerate(zip(targets, updates, strict=True)):
-                    f = factors[i] if isinstance(factors, list) else factors
-                    t.mul_(torch.where(u * t <= 0, f, one))
-            elif isinstance(factors, list):
-                for t, f in zip(targets, factors, strict=True):
-                    t.mul_(f)
-            else:
-                torch._foreach_mul_(targets, factors)
-        if self.pipeline.decay_order != "after":
-            torch._foreach_add_(targets, updates)
+            per = decay.to(self._computing()).flatten().split(counts)
+            keeps = [float(f[0]) if f.device.type == "cpu" else f[0] for f in per]
+        pieces = update.split(counts)
+        if factor is None:
+            for s, t, u, keep in zip(slots, targets, pieces, keeps, strict=True):
+                self._add(t, s.view(u), keep)
+            return
+        size = PIECE * torch.get_num_threads()
+        number = 0
+        for s, t, u, keep in zip(slots, targets, pieces, keeps, strict=True):
+            f = factor if factor.ndim == 0 else factor[number : number + s.count]
+            if not t.is_contiguous() or not u.is_contiguous() or s.turned:
+                self._add(t, s.view((u * f).to(t.dtype)), keep)
+                number += s.count
+                continue
+            for k in range(s.count):
+                f = factor if factor.ndim == 0 else factor[number + k].view(())
+                one, each = t.view(s.count, -1)[k], u[k].flatten()
+                for low in range(0, each.numel(), size):
+                    scaled = (each[low : low + size] * f).to(t.dtype)
+                    self._add(one[low : low + size], scaled, keep)
+            number += s.count
 
     # -- bookkeeping -----------------------------------------------------------------------------------
+
+    def _matrix_bytes(self) -> int:
+        return self.rows * self.cols * self._computing().itemsize
 
     def state_bytes(self) -> int:
         own = sum(v.numel() * v.element_size() for v in self.stacks.values())
@@ -413,6 +474,37 @@ class Bucket:
         """Estimated peak of one step besides parameters, gradients and states."""
         size = torch.finfo(self._computing()).bits // 8
         return 4 * self.total * self.rows * self.cols * size
+
+
+def add_decayed(
+    target: Tensor, update: Tensor, keep: Any, *, after: bool = False, cautious: bool = False
+) -> None:
+    """``target ← keep·target + update`` in place: one read and one write of ``target``, one rounding.
+
+    Args:
+        keep: a number, a 0-d tensor, or None for 1.
+        after: the update decays, too.
+        cautious: only entries that the update shrinks decay.
+    """
+    if keep is None:
+        target.add_(update)
+        return
+    if after:
+        update = update * keep
+    if cautious:
+        kept = torch.as_tensor(keep, dtype=_opmath(target), device=target.device)
+        mask = torch.where(update * target <= 0, kept, torch.ones_like(kept))
+        torch.addcmul(update, target, mask, out=target)
+    elif isinstance(keep, Tensor) or target.itemsize < 4:
+        # one-dimensional, so that it takes part in type promotion: bfloat16 would round it to 1
+        kept = torch.as_tensor(keep, dtype=_opmath(target), device=target.device)
+        torch.addcmul(update, target, kept.view(1), out=target)
+    else:
+        torch.add(update, target, alpha=keep, out=target)
+
+
+def _opmath(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _all_finite(grad: Tensor) -> Tensor | bool:

@@ -306,14 +306,7 @@ class ShardedBucket(Bucket):
         targets = [_local(s.param) for s in slots]
         rate = self.hyper["lr"] * self.hyper["weight_decay"] * self.pipeline.decay_factor
         for i, (t, u) in enumerate(zip(targets, update, strict=True)):
-            factor = (1 - rate) if decay is None else decay[i]
-            if self.pipeline.decay_order == "after":
-                t.add_(u)
-                t.mul_(factor)
-            elif self.pipeline.cautious:
-                t.mul_(torch.where(u * t <= 0, factor, torch.ones_like(factor))).add_(u)
-            else:
-                t.mul_(factor).add_(u)
+            self._add(t, u, (1 - rate) if decay is None else decay[i])
 
 
 def _local(p: Tensor) -> Tensor:

@@ -10,13 +10,19 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .newton_schulz import scratch
 from .stages import Batch, Scale, Stage, StateSpec
+
+#: Elementwise work on large matrices on CPUs is done this many entries a thread at a time, so that
+#: temporaries stay in cache and are not fresh pages: several times faster than whole matrices.
+PIECE = 2**18
 
 #: Hyper-parameters that every pipeline has as tensors.
 COMMON_HYPER = ("lr", "weight_decay")
@@ -50,6 +56,24 @@ class Pipeline:
     @property
     def elementwise(self) -> bool:
         return all(s.elementwise for s in self.stages)
+
+    @property
+    def scaling(self) -> Scale | None:
+        """The last stage if it only scales: it is applied with the learning rate."""
+        last = self.stages[-1] if self.stages else None
+        return last if isinstance(last, Scale) else None
+
+    @property
+    def working(self) -> tuple[Stage, ...]:
+        """The stages without :attr:`scaling`."""
+        return self.stages[:-1] if self.scaling else self.stages
+
+    @property
+    def leading(self) -> tuple[Stage, ...]:
+        """The elementwise stages that come first, among :attr:`working`."""
+        stages = self.working
+        count = next((i for i, s in enumerate(stages) if not s.elementwise), len(stages))
+        return stages[:count]
 
     @property
     def reads_param(self) -> bool:
@@ -133,6 +157,117 @@ def make_batch(t: Tensors, ok: Tensor | None = None) -> Batch:
     )
 
 
+def factor_of(pipeline: Pipeline, batch: Batch) -> Tensor:
+    """What the direction is multiplied by: ``-lr`` times the last scale; 0-d or ``[B, 1, 1]``."""
+    rate = -batch.hyper["lr"]
+    return rate if pipeline.scaling is None else rate * pipeline.scaling.factors(batch)
+
+
+def _keep(pipeline: Pipeline, t: Tensors, decay: Tensor | None) -> Tensor:
+    """The factor ``1 - lr·λ`` on the parameters, ``decay`` being the batch's multiplier of λ."""
+    rate = t.hyper["lr"] * t.hyper["weight_decay"] * pipeline.decay_factor
+    return 1 - (rate if decay is None else rate * decay)
+
+
+def _pieces(t: Tensors, names: list[str]) -> Iterator[tuple[int, slice, Tensors]]:
+    """``t`` in runs ``[1, 1, n]`` of entries of one matrix; states other than ``names`` left out."""
+    grads = t.grad.flatten(1)
+    states = {k: t.state[k].flatten(1) for k in names}
+    params = None if t.param is None else t.param.flatten(1)
+    size = PIECE * torch.get_num_threads()
+    for b in range(grads.shape[0]):
+        row = slice(b, b + 1)
+        constants = {k: v[row] for k, v in t.constants.items()}
+        step = None if t.step is None else t.step[row]
+        for low in range(0, grads.shape[1], size):
+            span = slice(low, low + size)
+            yield (
+                b,
+                span,
+                Tensors(
+                    grads[None, row, span],
+                    {k: v[None, row, span] for k, v in states.items()},
+                    t.hyper,
+                    constants,
+                    step,
+                    None if params is None else params[None, row, span],
+                ),
+            )
+
+
+def _sliceable(pipeline: Pipeline, t: Tensors) -> list[str] | None:
+    """Names of the leading stages' states, or None if these cannot run a piece at a time."""
+    rows, cols = t.grad.shape[-2:]
+    specs = {k: v for s in pipeline.leading for k, v in s.states(rows, cols).items()}
+    tensors = [t.grad, *(t.state[k] for k in specs)]
+    if not pipeline.leading or any(x.shape != t.grad.shape for x in tensors):
+        return None
+    return list(specs) if all(x.is_contiguous() for x in tensors) else None
+
+
+def run_in_pieces(
+    pipeline: Pipeline, t: Tensors, sink: Callable[[int, slice, Tensor, Tensor | None], None]
+) -> bool:
+    """The whole step of an elementwise pipeline, a piece at a time; False if it cannot be.
+
+    Args:
+        sink: given matrix, span of its flat entries, signed update ``[n]`` and factor on the parameter
+            (or None, as in :func:`run`) of each piece.
+    """
+    names = _sliceable(pipeline, t)
+    if names is None or pipeline.leading != pipeline.working:
+        return False
+    for b, span, piece in _pieces(t, names):
+        batch = make_batch(piece)
+        factor = factor_of(pipeline, batch)
+        for stage in pipeline.leading:
+            batch = stage(batch)
+        for k in names:
+            piece.state[k].copy_(batch.state[k])
+        keep = None if batch.decay is None else _keep(pipeline, t, batch.decay)
+        sink(b, span, (batch.update * factor).to(t.grad.dtype).flatten(), keep)
+    if t.step is not None:
+        t.step.add_(1)
+    return True
+
+
+def run_unscaled(pipeline: Pipeline, t: Tensors) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`run` for large matrices on a CPU: the leading stages run a piece at a time.
+
+    Returns:
+        ``(direction, factor, decay)``: the update is ``direction·factor``, not yet multiplied and in
+        the computing dtype; good until the next step.
+    """
+    names = _sliceable(pipeline, t)
+    stages = pipeline.working
+    if names is None:
+        names, batch = [], make_batch(t)
+    else:
+        stages = stages[len(pipeline.leading) :]
+        like = t.grad.new_empty(0, dtype=computing_dtype(t.grad.dtype))
+        update = scratch("direction", t.grad.shape, like)
+        flat, decays = update.flatten(1), {}
+        for b, span, piece in _pieces(t, names):
+            part = make_batch(piece)
+            for stage in pipeline.leading:
+                part = stage(part)
+            flat[b, span] = part.update.flatten()
+            for k in names:
+                piece.state[k].copy_(part.state[k])
+            decays[b] = part.decay
+        decay = torch.cat(list(decays.values())) if decays[0] is not None else None
+        batch = replace(make_batch(t), update=update, decay=decay)
+    for stage in stages:
+        batch = stage(batch)
+    for key, old in t.state.items():
+        if key not in names:
+            old.copy_(batch.state[key])
+    if t.step is not None:
+        t.step.add_(1)
+    keep = None if batch.decay is None else _keep(pipeline, t, batch.decay)
+    return batch.update, factor_of(pipeline, batch), keep
+
+
 def run(pipeline: Pipeline, t: Tensors, masked: bool) -> tuple[Tensor, Tensor | None]:
     """One step of a bucket: rewrites ``t.state`` and ``t.step`` in place.
 
@@ -145,16 +280,13 @@ def run(pipeline: Pipeline, t: Tensors, masked: bool) -> tuple[Tensor, Tensor | 
     """
     ok = finite_mask(t.grad) if masked else None
     batch = make_batch(t, ok)
-    stages, factor = pipeline.stages, -t.hyper["lr"]
-    if stages and isinstance(stages[-1], Scale):  # one multiplication instead of two
-        factor, stages = factor * stages[-1].factors(batch), stages[:-1]
-    for stage in stages:
+    factor = factor_of(pipeline, batch)
+    for stage in pipeline.working:
         batch = stage(batch)
     update = batch.update * factor
     decay = batch.decay
     if decay is not None or ok is not None:
-        rate = t.hyper["lr"] * t.hyper["weight_decay"] * pipeline.decay_factor
-        decay = 1 - (rate if decay is None else rate * decay)
+        decay = _keep(pipeline, t, decay)
     if ok is not None:
         update = torch.where(ok, update, 0.0)
         assert decay is not None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import polar
+from .newton_schulz import scratch
 from .quantile import abs_quantile
 
 
@@ -202,8 +203,8 @@ class NormalizeLines(Stage):
 class Sinkhorn(Stage):
     """Alternate row and column RMS normalization, ``iterations`` times, ending with columns.
 
-    The matrix is kept as ``diag(r)·G·diag(c)``: every half iteration only reads ``G²`` (one
-    matrix–vector product) and the result is written once.
+    The matrix is kept as ``diag(r)·G·diag(c)``: an iteration only reads ``G²``, once (on CPUs; its two
+    halves are matrix–vector products on block rows), and the result is written once.
     """
 
     iterations: int = 5
@@ -211,6 +212,10 @@ class Sinkhorn(Stage):
 
     def __call__(self, batch: Batch) -> Batch:
         return batch.with_(_sinkhorn(batch.update, self.iterations, self.eps))
+
+
+#: Rows of a sweep that stay in cache between its two halves.
+_SWEEP_BYTES = 2**20
 
 
 # An operator of its own: unrolled into a graph, its sweeps take a compiler minutes, and what it would
@@ -224,18 +229,28 @@ def _sinkhorn(u: Tensor, iterations: int, eps: float) -> Tensor:
         # a zero line keeps its factor: growing it every iteration would end in inf·0
         return torch.where(norm > 0, math.sqrt(length) / norm.clamp(min=eps), 1.0)
 
+    size = rows
+    if u.device.type == "cpu":
+        size = max(1, _SWEEP_BYTES // (u.shape[0] * cols * u.itemsize))
+    square, out = scratch("square", u.shape, u), u.new_empty(u.shape)
+    r = torch.ones_like(u[..., :1], memory_format=torch.contiguous_format)
+    c = torch.ones_like(u[..., :1, :], memory_format=torch.contiguous_format)
+    blocks = list(zip(*(x.split(size, -2) for x in (u, square, r, out)), strict=True))
     # Entries spread over many orders of magnitude: squares are taken of u/max|u|.
-    peak = u.abs().amax((-2, -1), keepdim=True)
-    unit = u * safe_inverse(peak)
-    square = unit.square()
-    r = torch.ones_like(unit[..., :1])
-    c = torch.ones_like(unit[..., :1, :])
+    peaks = [source.abs().amax((-2, -1), keepdim=True) for source, *_ in blocks]
+    scale = safe_inverse(torch.cat(peaks, -1).amax(-1, keepdim=True))
+    for source, block, _, _ in blocks:
+        torch.mul(source, scale, out=block).square_()
     for _ in range(iterations):
-        norm = r * torch.matmul(square, c.square().mT).sqrt()
-        r = r * gain(norm, cols)
-        norm = c * torch.matmul(r.square().mT, square).sqrt()
-        c = c * gain(norm, rows)
-    return (unit * r * c).contiguous()
+        # a row's factor needs that row only, so one read of the matrix serves both halves
+        weights, sums = c.square().mT, torch.zeros_like(c)
+        for _, block, part, _ in blocks:
+            part.mul_(gain(part * torch.matmul(block, weights).sqrt(), cols))
+            sums += torch.matmul(part.square().mT, block)
+        c = c * gain(c * sums.sqrt(), rows)
+    for source, _, part, into in blocks:
+        torch.mul(source, scale, out=into).mul_(part).mul_(c)
+    return out
 
 
 @_sinkhorn.register_fake
@@ -313,12 +328,13 @@ class NormalizeSecondMoment(Stage):
     def __call__(self, batch: Batch) -> Batch:
         o, beta2 = batch.update, batch.hyper["beta2"]
         dim = self._dim(*o.shape[-2:])
-        mean = o.square().mean(dim, keepdim=True)
+        length = o.shape[dim]
+        # a norm, not a mean of squares: eager, it needs no matrix of squares
+        mean = torch.linalg.vector_norm(o, dim=dim, keepdim=True).square() / length
         v = batch.state["second_momentum_buffer"]
         v = v + (1 - beta2) * (mean - v)
         s = 1 / (v.sqrt() + self.eps)
         # ‖o·s‖² from the line means: no second pass over the matrix
-        length = o.shape[dim]
         after = (mean * s.square()).sum((-2, -1), keepdim=True).mul(length).sqrt()
         if self.form == "code":
             before = mean.sum((-2, -1), keepdim=True).mul(length).sqrt()
