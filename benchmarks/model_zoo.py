@@ -2,10 +2,12 @@
 
     python benchmarks/model_zoo.py [--quick] [--models gpt-192,vit-192] [--rows infer,train]
                                    [--tokens 1,16,256] [--dtypes float32,bfloat16] [--out FOLDER]
+                                   [--add]
 
 All variants of a row run in one process, interleaved round by round in random order. Ratios are medians
 of per-round ratios with a 95 % bootstrap interval. Compile time (cold caches) and peak memory are
-measured in a process of their own. Writes ``model_zoo-<device>.json`` and ``.md``.
+measured in a process of their own. Writes ``model_zoo-<device>.json`` and ``.md``; with ``--add``, rows
+measured before with the same software on the same kind of device stay.
 """
 
 from __future__ import annotations
@@ -233,6 +235,20 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def earlier(path: Path, environment: dict[str, Any]) -> dict[str, Any]:
+    """What a former run with the same software and device measured, by label."""
+    if not path.exists():
+        return {"rows": {}, "depth": {}}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in environment.items():
+        if key != "date" and found["environment"].get(key) != value:
+            raise SystemExit(f"--add: {path} was measured with another {key}")
+    return {
+        "rows": {label(r): r for r in found["rows"]},
+        "depth": {r["blocks"]: r for r in found["depth"]},
+    }
+
+
 @contextlib.contextmanager
 def saving(path: Path, result: dict[str, Any]) -> Iterator[Callable[[], None]]:
     """Write after every row: an interrupted run keeps what it measured."""
@@ -263,6 +279,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sample", type=float, default=0.03, help="seconds per timed sample")
     parser.add_argument("--no-probe", dest="probe", action="store_false")
     parser.add_argument("--depths", type=words, default=["10", "100", "1000"])
+    parser.add_argument("--add", action="store_true", help="keep rows that are there already")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--one", type=words, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -300,19 +317,30 @@ def main() -> None:
         one(options.one)
         return
     environment = measure.environment()
-    result: dict[str, Any] = {"environment": environment, "rows": [], "depth": []}
     kind = environment["device"] if environment["device_type"] != "cpu" else "cpu"
     slug = re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
+    path = options.out / f"model_zoo-{slug}"
+    known = {"rows": {}, "depth": {}}
+    if options.add:
+        known = earlier(path.with_suffix(".json"), environment)
+    result: dict[str, Any] = {"environment": environment}
+    result.update({table: list(found.values()) for table, found in known.items()})
     rows = plan(options)
+
+    def put(table: str, key: Any, row: dict[str, Any]) -> None:
+        known[table][key] = row
+        result[table] = list(known[table].values())
+
     print(f"normfuse {normfuse.__version__}, {environment['device']}: {len(rows)} rows")
-    with saving(options.out / f"model_zoo-{slug}", result) as save:
+    with saving(path, result) as save:
         with tqdm(rows, disable=not sys.stderr.isatty()) as bar:
             for model, mode, tokens, dtype in bar:
                 bar.set_description(f"{model.name} {mode} {tokens}")
-                result["rows"].append(measure_row(model, mode, tokens, dtype, options))
+                row = measure_row(model, mode, tokens, dtype, options)
+                put("rows", label(row), row)
                 save()
         for depth in options.depths:
-            result["depth"].append(depth_row(int(depth)))
+            put("depth", int(depth), depth_row(int(depth)))
     print(markdown(result))
 
 
