@@ -23,6 +23,7 @@ from ..passes.report import Report
 from ..passes.subgraphs import emit_eager, has_regions, outline
 from ..passes.verify import flat_plain, max_error
 from ..passes.weights import WeightCache, lift, split
+from .reroute import Reroute
 from .signature import Signature, Weights, layout
 
 #: How many input signatures one module keeps graphs for before it runs the original instead.
@@ -94,10 +95,14 @@ class Graph:
         module.recompile()
         return module
 
-    def _weights(self, owner: nn.Module) -> list[torch.Tensor]:
-        return [
-            self.constants[n] if n in self.constants else ir.attribute(owner, n) for n in self.names
-        ]
+    def _weights(self, owner: nn.Module, captured: bool) -> list[torch.Tensor]:
+        """What the graph reads; ``captured``: ``owner`` holds the very modules of the capture."""
+        names = [n for n in self.names if n not in self.constants]
+        own = self.weights.read() if captured else [ir.attribute(owner, n) for n in names]
+        if not self.constants:
+            return own
+        found = {**self.constants, **dict(zip(names, own, strict=True))}
+        return [found[n] for n in self.names]
 
     def matches(self, flat: Sequence[Any]) -> bool:
         """True if the graph stands for these inputs and for the weights as they are now.
@@ -115,8 +120,10 @@ class Graph:
             and self.weights.unchanged()
         )
 
-    def run(self, owner: nn.Module, flat: Sequence[Any], *, inline: bool) -> list[Any]:
-        weights = self._weights(owner)
+    def run(
+        self, owner: nn.Module, flat: Sequence[Any], *, inline: bool, captured: bool = False
+    ) -> list[Any]:
+        weights = self._weights(owner, captured)
         gm: Any = self._train
         folded: Sequence[torch.Tensor] = ()
         if not inline:
@@ -155,6 +162,7 @@ class RewrittenModule(nn.Module):
         self.training = source.training
         self.__dict__["_source"] = source
         self.__dict__["_settings"] = settings
+        self.__dict__["_reroute"] = Reroute(source, self.forward)
         self.__dict__["_graphs"] = {}
         self.__dict__["_captured"] = []  # the same graphs, in a form Dynamo can trace through
         self.__dict__["_structure"] = ()  # the modules they were captured from
@@ -174,10 +182,10 @@ class RewrittenModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            source = self.__dict__.get("_source")
-            if source is None or name.startswith("__"):
+            reroute = self.__dict__.get("_reroute")
+            if reroute is None or name.startswith("__"):
                 raise
-            return getattr(source, name)  # config, generation helpers, user attributes
+            return reroute.method(name)  # config, generation helpers, user attributes
 
     def extra_repr(self) -> str:
         return f"rewritten from {type(self._source).__name__}, {len(self._graphs)} graphs"
@@ -224,7 +232,8 @@ class RewrittenModule(nn.Module):
         if torch.compiler.is_compiling():
             return self._forward_compiling(flat, in_spec, args, kwargs)
         structure, modes = layout(self)
-        if structure != self._structure and "_is_replica" not in self.__dict__:
+        replica = "_is_replica" in self.__dict__  # of data parallelism: modules of its own
+        if structure != self._structure and not replica:
             self._graphs.clear()
             self._captured.clear()
         for graph in self._graphs.get((modes, in_spec, ambient()), ()):
@@ -233,14 +242,14 @@ class RewrittenModule(nn.Module):
         else:
             graph = self._capture(in_spec, args, kwargs)
             if graph is None:
-                return self._source(*args, **kwargs)
+                return self._reroute.original(args, kwargs)
         # inside a transform weights are no tensors to keep anything of
         inline = torch.is_grad_enabled() or transforming()
         if torch.is_grad_enabled() and graph.functions and self._differentiated(flat):
             self._warn_once(f"the graph has no backward of {', '.join(graph.functions)}")
-            return self._source(*args, **kwargs)
-        out = pytree.tree_unflatten(graph.run(self, flat, inline=inline), graph.out_spec)
-        return _write_back(args, kwargs, out)
+            return self._reroute.original(args, kwargs)
+        flat_out = graph.run(self, flat, inline=inline, captured=not replica)
+        return _write_back(args, kwargs, pytree.tree_unflatten(flat_out, graph.out_spec))
 
     def _forward_compiling(self, flat: list, in_spec: Any, args: Any, kwargs: Any) -> Any:
         """Under ``torch.compile`` or ``torch.export``: the graph inline, weight program and all."""
@@ -249,6 +258,8 @@ class RewrittenModule(nn.Module):
                 continue
             if graph_spec == in_spec and graph.traces(self, flat):
                 return pytree.tree_unflatten(graph.run(self, flat, inline=True), graph.out_spec)
+        if self._reroute.depth:  # inside one of the source's methods
+            return type(self._source).forward(self._source, *args, **kwargs)
         return self._source(*args, **kwargs)
 
     def _capture(self, in_spec: pytree.TreeSpec, args: Any, kwargs: Any) -> Graph | None:
@@ -257,7 +268,8 @@ class RewrittenModule(nn.Module):
                 raise CaptureError(
                     f"more than {MAX_GRAPHS} input signatures; sizes the capture fixed keep changing"
                 )
-            graph, report = build(self, self._source, args, kwargs, self._settings)
+            with self._reroute.aside():
+                graph, report = build(self, self._source, args, kwargs, self._settings)
         except NormfuseError as error:
             self._warn_once(str(error))
             return None

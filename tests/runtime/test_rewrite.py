@@ -484,3 +484,63 @@ def test_constants_among_the_inputs_are_part_of_the_signature(traced):
     f = torch.compile(new, backend="eager") if traced else new
     for by in (None, 3, "a", 2.5, True, None, torch.tensor(2.0, dtype=torch.float64)):
         torch.testing.assert_close(f(x, by), model(x, by), rtol=1e-10, atol=1e-12)
+
+
+class Sampler(Transformer):
+    """A model with a method that calls it, as ``generate`` does."""
+
+    def greedy(self, start, steps):
+        with torch.no_grad():
+            for _ in range(steps):
+                following = self(ids=start)["logits"][:, -1:].argmax(-1)
+                start = torch.cat((start, following), 1)
+        return start
+
+    def first_block(self):
+        return self.blocks[0]
+
+
+def count_runs(monkeypatch):
+    from normfuse.runtime.rewrite import Graph
+
+    runs, run = [], Graph.run
+    monkeypatch.setattr(Graph, "run", lambda *a, **k: runs.append(1) or run(*a, **k))
+    return runs
+
+
+def test_methods_that_call_the_model_meet_the_rewritten_forward(monkeypatch):
+    model = trained_like(Sampler()).eval()
+    new, _ = normfuse.rewrite(model, (), {"ids": ids()}, policy="always")
+    runs = count_runs(monkeypatch)
+    assert torch.equal(new.greedy(ids(), 4), model.greedy(ids(), 4))
+    assert len(runs) == 4
+    assert new.first_block() is new.blocks[0]
+    assert "forward" not in new._source.__dict__
+    with pytest.raises(TypeError):
+        new.greedy("no tensor", 1)
+    assert "forward" not in new._source.__dict__
+    copied = copy.deepcopy(new)
+    assert torch.equal(copied.greedy(ids(), 2), model.greedy(ids(), 2))
+
+
+def test_methods_survive_a_capture_and_a_refusal_on_the_way(monkeypatch):
+    model = trained_like(Sampler()).eval()
+    new, _ = normfuse.rewrite(model, (), {"ids": ids()}, dynamic=False)
+    assert torch.equal(new.greedy(ids(1, 3), 3), model.greedy(ids(1, 3), 3))  # captured inside
+    assert len(new.reports) == 4
+    monkeypatch.setattr("normfuse.runtime.rewrite.MAX_GRAPHS", 0)
+    with pytest.warns(UserWarning, match="original code"):
+        assert torch.equal(new.greedy(ids(3, 3), 2), model.greedy(ids(3, 3), 2))
+
+
+def test_generate_of_transformers_runs_the_rewritten_graph(monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=32)
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+    model = trained_like(transformers.GPT2LMHeadModel(config)).eval()
+    prompt = torch.randint(64, (1, 4))
+    new, _ = normfuse.rewrite(model, (prompt,), policy="always")
+    runs = count_runs(monkeypatch)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(new.generate(prompt, **options), model.generate(prompt, **options))
+    assert len(runs) == 4
