@@ -121,9 +121,14 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--backends", nargs="+", default=["eager", "inductor", "normfuse"])
+    parser.add_argument(
+        "--tokens", type=int, nargs=2, default=(4, 256), metavar=("BATCH", "LENGTH")
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    d, depth, heads, shape = (64, 2, 2, (2, 32)) if options.quick else (768, 12, 12, (4, 256))
+    d, depth, heads, shape = (
+        (64, 2, 2, (2, 32)) if options.quick else (768, 12, 12, tuple(options.tokens))
+    )
     rounds = 5 if options.quick else options.rounds
     torch.manual_seed(0)
     results = {}

@@ -20,12 +20,10 @@ import contextlib
 import functools
 import importlib.util
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -44,6 +42,7 @@ from normfuse.optim.stages import (
     Sinkhorn,
     Stage,
 )
+from normfuse.runtime.measure import environment
 from torch import nn
 
 SETS: dict[str, list[tuple[int, tuple[int, int]]]] = {
@@ -474,11 +473,8 @@ def main() -> None:
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         record = {
-            "date": date.today().isoformat(),
-            "torch": torch.__version__,
-            "processor": platform.processor() or platform.machine(),
-            "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-            "threads": torch.get_num_threads(),
+            "kind": "optim_step",
+            "environment": environment(),
             "clock": "processor time" if args.cpu_time else "wall",
             "results": results,
         }

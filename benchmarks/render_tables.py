@@ -80,9 +80,16 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
         else f"Slower than Inductor (95 % interval below 0.98×): {', '.join(slower)}."
     )
     if s["headroom_taken"] is not None:
+        rows = s["rows_with_headroom"]
         out.append(
-            f"{s['rows_with_headroom']} rows leave at least 5 % to the bound (the model without "
-            f"norms); {100 * s['headroom_taken']:.0f} % of that headroom is taken (geometric mean)."
+            f"{rows} row{' leaves' if rows == 1 else 's leave'} at least 5 % to the bound (the model "
+            f"without norms); {100 * s['headroom_taken']:.0f} % of that headroom is taken."
+        )
+    same = [r["over_inductor"]["normfuse"]["value"] for r in result["rows"] if not r["rewritten"]]
+    if same:
+        out.append(
+            f"Where nothing is rewritten Inductor compiles its own graph: what those rows show "
+            f"({min(same):.2f}–{max(same):.2f}×) is the noise of the measurement."
         )
     if s["compile_time_ratio"] is not None:
         out.append(f"Compile time, cold caches: {s['compile_time_ratio']:.2f}× Inductor's.")
@@ -205,13 +212,64 @@ def gating_section(result: dict[str, Any]) -> str:
     )
 
 
+def step_section(result: dict[str, Any]) -> str:
+    parts = []
+    for r in result["results"]:
+        gemm = ", ".join(f"{k} {v:.0f} GFLOP/s" for k, v in r["gemm_gflops"].items())
+        lines = [
+            f"**{r['set']}**: {r['matrices']} matrices, {r['dtype']}; GEMM {gemm}; symmetric-aware "
+            f"floor {r['floor'] * 1e3:.0f} ms.",
+            "",
+            "| step | median ms | × plain loop | × floor | first step s |",
+            "| --- | ---: | ---: | ---: | ---: |",
+        ]
+        for label, row in r["rows"].items():
+            if "skipped" in row:
+                lines.append(f"| {label} | {row['skipped']} | | | |")
+                continue
+            lines.append(
+                f"| {label} | {row['median'] * 1e3:.1f} | {row.get('speedup', float('nan')):.2f} "
+                f"| {row['floors']:.2f} | {row['first']:.2f} |"
+            )
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def members_section(result: dict[str, Any]) -> str:
+    s = result["settings"]
+    lines = [
+        f"{s['layers']} blocks of width {s['width']}, {s['steps']} steps of {s['batch']}×"
+        f"{s['context']} bytes, {s['seeds']} seeds at each learning rate of a grid of three; the best "
+        "rate's mean validation loss in nats per byte ± standard deviation over seeds. An asterisk: "
+        "the best rate is at its grid's edge.",
+        "",
+        "| member | validation loss | learning rate | grid | optimizer ms a step |",
+        "| --- | ---: | ---: | --- | ---: |",
+    ]
+    for r in sorted(result["members"], key=lambda r: r["validation"]):
+        edge = "*" if r["at the grid's edge"] else ""
+        lines.append(
+            f"| {r['member']} | {r['validation']:.3f} ± {r['deviation']:.3f} | {r['lr']:g}{edge} "
+            f"| {', '.join(r['runs'])} | {r['step ms']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
 #: By the result's ``kind``: how it is rendered.
-SECTIONS = {"zoo": zoo_section, "gated_rescaling": rescaling_section, "gating": gating_section}
+SECTIONS = {
+    "zoo": zoo_section,
+    "gated_rescaling": rescaling_section,
+    "gating": gating_section,
+    "optim_step": step_section,
+    "train_lm": members_section,
+}
 
 #: What fills a section that has no result yet, by the start of its name.
 SCRIPTS = {
     "gated_rescaling": "examples/gated_rescaling.py",
     "gating": "benchmarks/gating.py",
+    "optim_step": "benchmarks/optim_step.py",
+    "train_lm": "examples/train_lm.py --compare all",
     "": "benchmarks/model_zoo.py",
 }
 

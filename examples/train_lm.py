@@ -15,11 +15,11 @@ import json
 import math
 import statistics
 import time
-from datetime import date
 from pathlib import Path
 
 import torch
 from normfuse import optim
+from normfuse.runtime.measure import environment
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -204,9 +204,8 @@ def compare(args: argparse.Namespace) -> None:
     if args.out:
         settings = ("steps", "batch", "context", "width", "layers", "seeds", "text")
         record = {
-            "date": date.today().isoformat(),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
+            "kind": "train_lm",
+            "environment": environment(),
             "settings": {k: getattr(args, k) for k in settings},
             "members": rows,
         }
