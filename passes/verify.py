@@ -132,7 +132,7 @@ def relative_error(actual: Any, expected: Any) -> float:
         return 0.0 if torch.equal(actual, expected) else float("inf")
     a, e = actual.to(torch.float64), expected.to(torch.float64)
     finite = torch.isfinite(e)
-    if not torch.equal(finite, torch.isfinite(a)):
+    if not torch.equal(finite, torch.isfinite(a)) or not torch.equal(e.isnan(), a.isnan()):
         return float("inf")
     if not finite.any():
         return 0.0
