@@ -49,7 +49,7 @@ def batched_newton_schulz(
     rows, cols = xs[0].shape
     device = xs[0].device.type
     plan = ns.make_plan(rows, cols, schedule, work, device)
-    if plan.one_by_one:
+    if plan.blocked:
         return [_one(x, schedule, work) for x in xs]
     turned = [x.shape != xs[0].shape for x in xs]
     batch = torch.stack([x.mT if t else x for x, t in zip(xs, turned, strict=True)]).to(work)

@@ -33,8 +33,6 @@ from .stages import StateSpec
 VIEWS = ("matrix", "flatten", "batch")
 
 #: Eager steps on a CPU take this many bytes of matrices per thread at a time.
-PORTION_BYTES = 2**22
-#: Matrices above this many bytes have their elementwise stages run a piece at a time.
 CACHE_BYTES = 2**20
 
 
@@ -304,7 +302,7 @@ class Bucket:
         """``active`` in runs of neighbours whose matrices fill the caches."""
         threads = torch.get_num_threads()
         each = max(1, self._matrix_bytes())
-        limit = max(1, PORTION_BYTES // each) * threads
+        limit = max(1, CACHE_BYTES // each) * threads
         out: list[list[int]] = []
         count = 0
         for i in active:

@@ -29,11 +29,8 @@ from .coefficients import Schedule
 
 METHODS = ("auto", "direct", "gram")
 
-#: Shorter sides from which symmetric products are computed in blocks on CPUs: for a batch together
-#: (each block of all matrices is one call), and matrix by matrix. Smaller ones are whole products.
-TOGETHER_FROM = 192
+#: Blocked symmetric products pay from here on (shorter side, CPU); smaller batches use ``bmm``.
 BLOCKED_FROM = 320
-_TOGETHER_BLOCKS = 3
 #: Rows of one block: smaller ones, and sizes that fit GEMM kernels badly, lose more speed than the
 #: triangle saves.
 _BLOCK = 128
@@ -103,16 +100,10 @@ class Plan:
     restarts: tuple[int, ...]
     blocks: int
     flops: float
-    together: bool = False
 
     @property
     def blocked(self) -> bool:
         return self.blocks > 1
-
-    @property
-    def one_by_one(self) -> bool:
-        """Matrices are large enough that a product of one fills the cores and its operands the cache."""
-        return self.blocks > 1 and not self.together
 
 
 def flops(
@@ -161,13 +152,10 @@ def make_plan(
     blocks = 1
     if device == "cpu" and m >= BLOCKED_FROM:
         blocks = max(2, min(_MAX_BLOCKS, round(m / _BLOCK)))
-    together = device == "cpu" and TOGETHER_FROM <= m < BLOCKED_FROM
-    if together:
-        blocks = _TOGETHER_BLOCKS
     share = (blocks + 1) / (2 * blocks)
     direct = flops(rows, cols, schedule, None, share)
     if method == "direct" or not schedule:
-        return Plan("direct", (), blocks, direct, together)
+        return Plan("direct", (), blocks, direct)
     if restarts is not None:
         if any(not 0 < i < len(schedule) for i in restarts):
             raise ValueError(
@@ -183,11 +171,11 @@ def make_plan(
                 f"the Gram form is not accurate in {dtype} for these coefficients: no choice of up "
                 "to three restarts keeps it stable; use method='direct', another set, or ns_dtype"
             )
-        return Plan("direct", (), blocks, direct, together)
+        return Plan("direct", (), blocks, direct)
     gram = flops(rows, cols, schedule, chosen, share)
     if method == "gram" or gram < 0.95 * direct:
-        return Plan("gram", chosen, blocks, gram, together)
-    return Plan("direct", (), blocks, direct, together)
+        return Plan("gram", chosen, blocks, gram)
+    return Plan("direct", (), blocks, direct)
 
 
 # -- products -------------------------------------------------------------------------------------
@@ -228,11 +216,13 @@ def scratch(name: str, shape: Sequence[int], like: Tensor) -> Tensor:
 class _Whole:
     """Products of a batch ``[B, …]`` as single ``bmm``/``baddbmm`` calls."""
 
-    def gram(self, x: Tensor, tall: bool, out: Tensor) -> Tensor:
+    @staticmethod
+    def gram(x: Tensor, tall: bool, out: Tensor) -> Tensor:
         return torch.bmm(x.mT, x, out=out) if tall else torch.bmm(x, x.mT, out=out)
 
+    @staticmethod
     def symmetric(
-        self, s: Tensor, t: Tensor, base: Tensor, beta: float, alpha: float, out: Tensor
+        s: Tensor, t: Tensor, base: Tensor, beta: float, alpha: float, out: Tensor
     ) -> Tensor:
         """``beta·base + alpha·s·t`` for commuting symmetric operands."""
         return torch.baddbmm(base, s, t, beta=beta, alpha=alpha, out=out)
@@ -300,38 +290,6 @@ class _Blocked:
     @staticmethod
     def diagonal(m: Tensor) -> Tensor:
         return m.diagonal()
-
-
-class _Together(_Whole):
-    """The same for a batch ``[B, …]``: a block row of all matrices is one batched product."""
-
-    def __init__(self, side: int, blocks: int) -> None:
-        self.rows = list(pairwise(block_edges(side, blocks)))
-
-    def _mirror(self, out: Tensor) -> Tensor:
-        for low, high in self.rows[1:]:
-            out[:, :low, low:high].copy_(out[:, low:high, :low].mT)
-        return out
-
-    def gram(self, x: Tensor, tall: bool, out: Tensor) -> Tensor:
-        left, right = (x.mT, x) if tall else (x, x.mT)
-        for low, high in self.rows:
-            torch.bmm(left[:, low:high], right[:, :, :high], out=out[:, low:high, :high])
-        return self._mirror(out)
-
-    def symmetric(
-        self, s: Tensor, t: Tensor, base: Tensor, beta: float, alpha: float, out: Tensor
-    ) -> Tensor:
-        for low, high in self.rows:
-            torch.baddbmm(
-                base[:, low:high, :high],
-                s[:, low:high],
-                t[:, :, :high],
-                beta=beta,
-                alpha=alpha,
-                out=out[:, low:high, :high],
-            )
-        return self._mirror(out)
 
 
 def _direct(x: Tensor, schedule: Schedule, ops: Any, first: Tensor | None, out: Tensor) -> Tensor:
@@ -422,9 +380,7 @@ def iterate(
         return _direct(part, schedule, ops, first, into)
 
     if not plan.blocked:
-        return run(x, _Whole(), first_gram, out)
-    if plan.together:
-        return run(x, _Together(min(x.shape[-2:]), plan.blocks), first_gram, out)
+        return run(x, _Whole, first_gram, out)
     # One matrix at a time: each product is large enough to fill the cores, and its operands stay
     # in cache; a batched product into a strided block would be computed aside and copied.
     ops = _Blocked(min(x.shape[-2:]), plan.blocks)

@@ -167,7 +167,7 @@ def orthogonalize_batch(x: Tensor, s: Settings) -> Tensor:
     plan = ns.make_plan(rows, cols, s.schedule, dtype, x.device.type, s.method, s.restarts)
     side = min(rows, cols)
     each = (3 * side * side + 3 * rows * cols) * dtype.itemsize
-    if plan.one_by_one:  # works matrix by matrix: normalizing them one by one keeps them in cache
+    if plan.blocked:  # works matrix by matrix: normalizing them one by one keeps them in cache
         size = 1
     elif x.device.type == "cpu":  # a batched product splits a batch over the threads
         threads = torch.get_num_threads()

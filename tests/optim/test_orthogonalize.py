@@ -89,32 +89,6 @@ def test_blocked_products(shape, method, name):
     )
 
 
-@pytest.mark.parametrize("shape", [(200, 260), (260, 200), (192, 192), (256, 256)])
-@pytest.mark.parametrize("method", ["direct", "gram"])
-@pytest.mark.parametrize("name", ["jordan", "polar_express", "cubic5"])
-def test_blocks_of_a_batch_together(shape, method, name):
-    """Each block row of all matrices is one batched product; matrices do not mix."""
-    plan = ns.make_plan(*shape, co.resolve(name), torch.float32, "cpu", method)
-    assert plan.together and plan.blocked and not plan.one_by_one
-    both = torch.stack([matrix(shape, "gaussian"), 1e3 * matrix(shape, "gaussian").flip(0)])
-    got = optim.orthogonalize(both.float(), 5, method, coefficients=name)
-    for g, y in zip(both, got, strict=True):
-        assert relative(y, oracle(g, name)) < 5e-4
-
-
-def test_half_of_a_symmetric_product_is_not_computed(monkeypatch):
-    """Work, not time: entries multiplied by blocks against whole products."""
-    seen = []
-    plain = torch.bmm
-    monkeypatch.setattr(
-        torch, "bmm", lambda a, b, out=None: seen.append(out.numel()) or plain(a, b, out=out)
-    )
-    x, out = torch.randn(2, 192, 300), torch.empty(2, 192, 192)
-    got = ns._Together(192, 3).gram(x, False, out)
-    torch.testing.assert_close(got, x @ x.mT)
-    assert sum(seen) == 2 * 64 * (64 + 128 + 192)  # 2/3 of 2·192²
-
-
 def test_block_edges_cover_every_side():
     for side in range(2, 400):
         for blocks in range(1, min(8, side) + 1):
