@@ -218,27 +218,6 @@ def _call_index(node: fx.Node) -> tuple[str, str]:
     return ir.module_path(node), str(list(stack)[-1]) if stack else ""
 
 
-#: Ops that may surround a norm in a module that is nothing but the norm.
-_PACKAGING = frozenset(
-    {
-        aten.permute,
-        aten.transpose,
-        aten.movedim,
-        aten.view,
-        aten.reshape,
-        aten.flatten,
-        aten.unflatten,
-        aten.contiguous,
-        aten.clone,
-        aten.to,
-        aten.unsqueeze,
-        aten.squeeze,
-        aten.sym_size,
-        aten.dropout,
-    }
-)
-
-
 def _keys(
     gm: fx.GraphModule,
     norms: list[Norm],

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import operator
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -482,10 +481,3 @@ def mark_dynamo_leaves(source: fx.GraphModule, traced: fx.GraphModule) -> None:
         else:
             b.meta["kind"] = "input"
         b.meta["fqn"] = clean_path(name) if name else a.name
-
-
-def prune_getitems(gm: fx.GraphModule) -> None:
-    """Drop ``getitem`` nodes nobody reads (left by multi-output replacements)."""
-    for node in reversed(list(gm.graph.nodes)):
-        if node.op == "call_function" and node.target is operator.getitem and not node.users:
-            gm.graph.erase_node(node)

@@ -215,21 +215,17 @@ def registry() -> dict[str, type[Pass]]:
 
 
 class Snapshot:
-    """A remembered graph; each call puts a fresh copy of it back.
+    """A remembered graph, to be built again as often as asked.
 
     Taken before every pass and hardly ever needed: it only keeps what the nodes held (arguments are
-    immutable in fx) and builds nodes when asked to.
+    immutable in fx). Fake values are shared, modules stay where they are.
     """
 
-    def __init__(self, gm: fx.GraphModule) -> None:
-        self.gm, self.codegen = gm, gm.graph._codegen
+    def __init__(self, graph: fx.Graph) -> None:
+        self.codegen = graph._codegen
         self.records = [
-            (n, n.name, n.target, n.args, n.kwargs, n.type, copy.copy(n.meta))
-            for n in gm.graph.nodes
+            (n, n.name, n.target, n.args, n.kwargs, n.type, copy.copy(n.meta)) for n in graph.nodes
         ]
-
-    def __call__(self) -> None:
-        self.gm.graph = self.graph()
 
     def graph(self) -> fx.Graph:
         """A fresh copy of the graph as it was."""
@@ -247,18 +243,8 @@ class Snapshot:
 
 
 def copy_graph(source: fx.Graph) -> fx.Graph:
-    """A copy of a graph with its facts. Fake values are shared, modules stay where they are."""
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    result = graph.graph_copy(source, env)
-    output = next(n for n in reversed(source.nodes) if n.op == "output")
-    graph.output(result).meta = copy.copy(output.meta)
-    for old, new in env.items():
-        new.meta = copy.copy(old.meta)
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source
-    graph._codegen = source._codegen
-    return graph
+    """A copy of a graph with its facts."""
+    return Snapshot(source).graph()
 
 
 def disabled_by_environment() -> frozenset[str]:
@@ -345,10 +331,10 @@ class PassManager:
     def _run_one(self, p: Pass, gm: fx.GraphModule, context: Context, report: Report) -> PassResult:
         journal, fuel = list(context.journal), context.fuel
         while True:
-            before = Snapshot(gm)
+            before = Snapshot(gm.graph)
 
             def undo(before: Snapshot = before) -> None:
-                before()
+                gm.graph = before.graph()
                 context.journal[:] = journal
                 context.fuel = fuel
                 context.cache.clear()
@@ -406,7 +392,7 @@ class PassManager:
         good, bad = 0, len(applied)
         while bad - good > 1:
             middle = (good + bad) // 2
-            before = Snapshot(gm)
+            before = Snapshot(gm.graph)
             context.fuel = middle
             try:
                 p.run(gm, context)
@@ -414,7 +400,7 @@ class PassManager:
                 ir.erase_dead(gm)
                 wrong = check_pass(before.graph(), gm, context) is not None
             finally:
-                before()
+                gm.graph = before.graph()
                 undo()
             good, bad = (good, middle) if wrong else (middle, bad)
         context.fuel = fuel

@@ -63,14 +63,6 @@ class Region:
 # Laying bodies out
 
 
-def operands(node: fx.Node) -> tuple[Any, list[Any]] | None:
-    """``(body argument, operands)`` of a call whose body may be laid out, else ``None``."""
-    skip = _LAID_OUT.get(node.target) if node.op == "call_function" else None
-    if skip is None:
-        return None
-    return node.args[0], list(node.args[skip:])
-
-
 class Retrace(fx.Interpreter):
     """Runs a Dynamo graph under ``make_fx``: provenance of each source node is kept, bodies of
     checkpoints are laid out and tagged, other higher-order ops become opaque nodes.

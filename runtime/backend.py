@@ -8,7 +8,6 @@ ours fails, the same happens, with one warning (``strict=True`` raises instead).
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import threading
 import time
@@ -26,7 +25,7 @@ from torch._guards import TracingContext
 from ..passes.autocast import ambient, disabled
 from ..passes.capture import capture_fx, finish, mark_dynamo_leaves
 from ..passes.errors import NormfuseError, Unsupported
-from ..passes.manager import Context, PassManager
+from ..passes.manager import Context, PassManager, copy_graph
 from ..passes.presets import resolve
 from ..passes.report import Report
 from ..passes.subgraphs import dissolve, emit_dynamo, outline
@@ -318,11 +317,8 @@ def rewrite_dynamo(
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     """Another graph over the same parameters and buffers."""
-    new = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    new = fx.GraphModule(gm, copy_graph(gm.graph))
     new.meta = dict(gm.meta)
-    for a, b in zip(gm.graph.nodes, new.graph.nodes, strict=True):
-        if hasattr(a, "_dynamo_source"):
-            b._dynamo_source = a._dynamo_source
     if hasattr(gm, "_param_name_to_source"):
         new._param_name_to_source = gm._param_name_to_source
     return new

@@ -244,34 +244,29 @@ class Weights:
                     self._ties.append((m, last, *place))
 
     @staticmethod
-    def _type(module: nn.Module, name: str) -> tuple:
+    def _find(module: nn.Module, name: str) -> Any:
+        t = module._parameters.get(name)  # a module's own __getattr__ is ten times slower
+        return getattr(module, name, None) if t is None else t
+
+    @classmethod
+    def _type(cls, module: nn.Module, name: str) -> tuple:
         registered = name in module._parameters or name in module._buffers
-        t = getattr(module, name, None)
+        t = cls._find(module, name)
         if not isinstance(t, torch.Tensor):
             return ()
         return t.dtype, t.device, t.shape, registered  # pruning leaves an attribute behind
 
     def read(self) -> list[torch.Tensor]:
         """The tensors that are in their places now, found without walking paths."""
-        out = []
-        for module, name, _ in self._places:
-            t = module._parameters.get(name)  # a module's own __getattr__ is ten times slower
-            out.append(getattr(module, name) if t is None else t)
-        return out
+        return [self._find(module, name) for module, name, _ in self._places]
 
     def unchanged(self) -> bool:
         """True if a graph that read these tensors may read what is in their places now."""
         for module, name, expected in self._places:
-            t = module._parameters.get(name)
-            if t is not None and expected:
-                if t.dtype != expected[0] or t.shape != expected[2] or t.device != expected[1]:
-                    return False
-                if not expected[3]:
-                    return False
-            elif self._type(module, name) != expected:
+            if self._type(module, name) != expected:
                 return False
         for module, name, other, other_name in self._ties:
-            if getattr(module, name, None) is not getattr(other, other_name, None):
+            if self._find(module, name) is not self._find(other, other_name):
                 return False
         return True
 

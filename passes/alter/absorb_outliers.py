@@ -25,9 +25,9 @@ from torch.utils import _pytree as pytree
 from .. import ir
 from ..capture import set_attribute
 from ..errors import NormfuseError, Refuse
-from ..exact.fold_affine import normed_value
+from ..exact.fold_affine import foldable_value
 from ..exposure import weight_value
-from ..linear import WeightBuilder, is_weight, linear_names, set_args
+from ..linear import WeightBuilder, linear_names, set_args
 from ..manager import Context, Pass, PassResult, register
 from ..readers import Reading, check_readers, feature_axis
 
@@ -148,13 +148,7 @@ class AbsorbOutliers(Pass):
         if ir.is_call(node, *_DYNAMIC):
             raise Refuse("the norm's own dynamic rescaling reads the channel", node)
         args = ir.NormArgs(node)
-        for name in ("gain", "bias"):
-            t = getattr(args, name)
-            if t is not None and not is_weight(t):
-                raise Refuse(f"the norm's {name} is computed from activations", t)
-        value = normed_value(node)
-        if value is None:
-            raise Refuse("nobody reads the normed result", node)
+        value = foldable_value(node)
         axis = feature_axis(value, (args.gain, args.bias), args.dims)
         readings = check_readers(value, axis, gain=False, shift=True, copy_tied=True)
         if not readings:

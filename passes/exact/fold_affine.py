@@ -25,11 +25,23 @@ if TYPE_CHECKING:
 nf = ir.nf
 
 
-def normed_value(node: fx.Node) -> fx.Node | None:
-    """The normed result of a norm node: itself, or part 0 of the residual forms."""
+def foldable_value(node: fx.Node) -> fx.Node:
+    """The normed result of a norm whose gain and bias are weights: itself, or part 0 of a pair.
+
+    Raises:
+        Refuse: gain or bias come from activations, or nobody reads the result.
+    """
+    args = ir.NormArgs(node)
+    for name in ("gain", "bias"):
+        t = getattr(args, name)
+        if t is not None and not is_weight(t):
+            raise Refuse(f"the norm's {name} is computed from activations", t)
     if not ir.is_call(node, nf.add_rms_norm, nf.add_layer_norm):
         return node
-    return next((u for u in node.users if u.args[1] == 0), None)
+    value = next((u for u in node.users if u.args[1] == 0), None)
+    if value is None:
+        raise Refuse("nobody reads the normed result", node)
+    return value
 
 
 @register
@@ -117,13 +129,7 @@ class FoldAffine(Pass):
             raise Refuse("its gain is kept on request (keep=)")
         if node.meta.get("absorbed"):
             raise Refuse("its gain keeps channels out that absorb_outliers moved into biases", node)
-        for name in ("gain", "bias"):
-            t = getattr(args, name)
-            if t is not None and not is_weight(t):
-                raise Refuse(f"the norm's {name} is computed from activations", t)
-        value = normed_value(node)
-        if value is None:
-            raise Refuse("nobody reads the normed result", node)
+        value = foldable_value(node)
         axis = feature_axis(value, (args.gain, args.bias), args.dims)
         readings = check_readers(
             value,
