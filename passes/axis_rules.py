@@ -450,7 +450,7 @@ def _back_mix(node: Any, axis: Axis) -> Links | None:
     return [(x, axis)]
 
 
-_rule(_back_mix, _same, *packets("matmul", "bmm"))
+_rule(_back_mix, _same, *packets("matmul", "bmm", "mm"))
 
 
 def _back_center(node: Any, axis: Axis) -> Links | None:

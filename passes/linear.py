@@ -1,8 +1,9 @@
 """Linear layers in the IR: recognizing them, combining their weights, rebuilding them.
 
 Every op that maps features linearly through a weight we own becomes one :class:`Linear`, whatever
-its spelling: ``aten.linear``, ``addmm`` (weight ``[in, out]``), ``mm``/``matmul``, stacks of expert
-matrices, convolutions of any rank with groups. The passes never look at a spelling again.
+its spelling: ``aten.linear``, ``addmm`` (weight ``[in, out]``), ``mm``/``matmul`` with the weight on
+either side, stacks of expert matrices, convolutions of any rank with groups. The passes never look
+at a spelling again.
 
 Weights may be expressions already (:func:`ir.is_weight_expr`), so passes compose: combined weights
 are computed in ``context.fold_dtype`` and rounded once, also after several passes.
@@ -41,7 +42,9 @@ class Linear:
             ``"linear"``, ``"addmm"``, ``"scaled_linear"`` and convolutions, where callers check;
             ``bias`` may be any tensor that is added to the result.
         layout: ``"linear"``, ``"scaled_linear"``, ``"addmm"``, ``"mm"``, ``"matmul"``, ``"bmm"``,
-            ``"baddbmm"``, ``"grouped_mm"``, ``"conv"`` or ``"conv_transpose"``.
+            ``"baddbmm"``, ``"grouped_mm"``, ``"conv"`` or ``"conv_transpose"``; with the weight as
+            first operand ``"left_mm"``, ``"left_matmul"``, ``"left_bmm"`` (columns of features),
+            ``"left_linear"`` (rows in, columns out) and ``"mv"`` (one vector).
         in_dim, out_dim: dims of ``weight`` that hold the input and output features.
         feature_in, feature_out: dims of ``input`` and of the result that hold the features.
         groups: of a convolution.
@@ -93,7 +96,9 @@ class Linear:
         weight = self.weight if weight is _KEEP else weight
         bias = self.bias if bias is _KEEP else bias
         old = (self.input, self.weight, self.bias)
-        if self.layout in ("linear", "scaled_linear", "conv", "conv_transpose"):
+        if self.layout.startswith("left") or self.layout == "mv":
+            self._rebuild_left(input, weight, bias)
+        elif self.layout in ("linear", "scaled_linear", "conv", "conv_transpose"):
             set_args(node, input=input, x=input, weight=weight, bias=bias)
         elif self.layout in ("addmm", "mm"):
             node.target = aten.mm.default if bias is None else aten.addmm.default
@@ -105,17 +110,30 @@ class Linear:
             node.kwargs = {}
         else:
             args = (input, weight, *node.args[2:])
-            if bias is None:
-                node.args = args
-            else:
-                with node.graph.inserting_before(node):
-                    options: dict[str, Any] = dict(node.kwargs)
-                    inner = ir.emit(node.graph, node.target, *args, like=node, **options)
-                node.target, node.args, node.kwargs = aten.add.Tensor, (inner, bias), {}
+            self._rebuild_product(args, bias)
         # computing fake values is what costs at 1,000 blocks: only where they change
         if not all(map(_alike, old, (input, weight, bias))):
             ir.set_val(node)
         return node
+
+    def _rebuild_product(self, args: tuple, bias: fx.Node | None) -> None:
+        """The op with other operands, and an ``aten.add`` behind it if there is a bias."""
+        node = self.node
+        if bias is None:
+            node.args = args
+            return
+        with node.graph.inserting_before(node):
+            options: dict[str, Any] = dict(node.kwargs)
+            inner = ir.emit(node.graph, node.target, *args, like=node, **options)
+        node.target, node.args, node.kwargs = aten.add.Tensor, (inner, bias), {}
+
+    def _rebuild_left(self, input: fx.Node, weight: fx.Node, bias: fx.Node | None) -> None:
+        if bias is not None and self.feature_out == -2 and len(ir.shape(bias)) == 1:
+            with self.node.graph.inserting_before(self.node):  # one number a row of the result
+                bias = ir.emit(
+                    self.node.graph, aten.unsqueeze.default, bias, -1, like=bias, weight=True
+                )
+        self._rebuild_product((weight, input), bias)
 
 
 def _alike(a: fx.Node | None, b: fx.Node | None) -> bool:
@@ -187,6 +205,18 @@ def match_linear(node: Any) -> Linear | None:
     return rule(node)
 
 
+def match_features(node: Any, dims: Sequence[int]) -> Linear | None:
+    """:func:`match_linear` for whoever follows the features in ``dims`` (negative).
+
+    ``A @ x`` with features in the last dim of ``x`` mixes rows and treats all features alike: it is
+    a linear layer of other features, not of these.
+    """
+    linear = match_linear(node)
+    if linear is not None and linear.feature_in == -2 and "left" in linear.layout:
+        return None if tuple(dims) == (-1,) else linear
+    return linear
+
+
 def _floats(*nodes: Any) -> bool:
     return all(ir.is_tensor(n) and ir.dtype(n).is_floating_point for n in nodes)
 
@@ -197,9 +227,12 @@ def _rank(node: fx.Node) -> int:
 
 def _match_linear(node: fx.Node) -> Linear | None:
     a = named_args(node)
-    if not _floats(a["input"], a["weight"]) or _rank(a["weight"]) != 2:
+    x, w = a["input"], a["weight"]
+    if not _floats(x, w) or _rank(w) != 2:
         return None
-    return Linear(node, a["input"], a["weight"], a["bias"], "linear", -1, -2)
+    if a["bias"] is None and _rank(x) == 2 and is_weight(x) and not is_weight(w):
+        return Linear(node, w, x, None, "left_linear", -1, -2, -1, -2)
+    return Linear(node, x, w, a["bias"], "linear", -1, -2)
 
 
 def _match_scaled_linear(node: fx.Node) -> Linear | None:
@@ -231,11 +264,20 @@ def _match_product(layout: str) -> Any:
         if len(args) < 2:
             return None
         x, w = args[:2]
+        if _floats(x, w) and is_weight(x) and not is_weight(w):
+            return left(node, x, w)
         if not _floats(x, w) or not is_weight(w) or is_weight(x) or _rank(w) < 2:
             return None
         if _rank(w) > 2 and _rank(x) < 2:
             return None  # the result of a vector times a stack has another rank
         return Linear(node, x, w, None, layout, -2, -1)
+
+    def left(node: fx.Node, w: fx.Node, x: fx.Node) -> Linear | None:
+        if _rank(x) == 1:
+            return Linear(node, x, w, None, "mv", -1, -2) if _rank(w) == 2 else None
+        if _rank(w) < 2 or layout == "mv":
+            return None
+        return Linear(node, x, w, None, f"left_{layout}", -1, -2, -2, -2)
 
     return match
 
@@ -284,6 +326,7 @@ _MATCHERS: dict[Any, Any] = {
     aten.addmm: _match_addmm,
     aten.baddbmm: _match_baddbmm,
     aten.mm: _match_product("mm"),
+    aten.mv: _match_product("mv"),
     aten.bmm: _match_product("bmm"),
     aten.matmul: _match_product("matmul"),
     aten.conv1d: _match_conv,
@@ -352,28 +395,17 @@ class WeightBuilder:
     def __init__(self, graph: fx.Graph, context: Context) -> None:
         self.graph, self.context = graph, context
         self._known: dict[Any, fx.Node] = {}
-        # fake values cost most of the time, and the layers of a model are mostly alike
-        self._values: dict[Any, Any] = {}
         # weights may precede the graph's inputs, computations must not
         self._start = next((n for n in reversed(graph.nodes) if n.op == "placeholder"), None)
 
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A call of the weight program (the same call twice is one node)."""
-        key = (target, frozen(args), frozen(kwargs))
+        key = (target, ir.frozen(args), ir.frozen(kwargs))
         found = self._known.get(key)
         if found is None:
             like = next(iter(_nodes(args)))
-            alike = value_key(target, args, kwargs)
             with self.graph.inserting_after(self._last(args)):
-                if alike is not None and alike in self._values:
-                    found = self.graph.call_function(target, args, kwargs)
-                    ir.inherit(found, like)
-                    found.meta["weight_program"] = True
-                    found.meta["val"] = self._values[alike]
-                else:
-                    found = ir.emit(self.graph, target, *args, like=like, weight=True, **kwargs)
-                    if alike is not None:
-                        self._values[alike] = ir.val(found)
+                found = ir.emit(self.graph, target, *args, like=like, weight=True, **kwargs)
             self._known[key] = found
         return found
 
@@ -471,7 +503,8 @@ class WeightBuilder:
     def response(self, linear: Linear, weight: fx.Node, shift: fx.Node) -> fx.Node:
         """``W·shift``: what a constant ``[in]`` added to the input adds to the result.
 
-        ``[out]``; for a stack of matrices ``[…, 1, out]``. Not defined for ``linear.pads``.
+        ``[out]``; for a stack of matrices ``[…, 1, out]``, or ``[…, out, 1]`` where the result's
+        features are its rows. Not defined for ``linear.pads``.
         """
         if linear.layout == "conv":
             dims = list(range(2, len(ir.shape(weight))))
@@ -486,6 +519,9 @@ class WeightBuilder:
                 )
             return self.emit(aten.mv.default, weight, shift)
         if linear.stacked:
+            if linear.in_dim == -1:
+                column = self.emit(aten.reshape.default, shift, [-1, 1])
+                return self.emit(aten.matmul.default, weight, column)
             row = self.emit(aten.reshape.default, shift, [1, -1])
             return self.emit(aten.matmul.default, row, weight)
         if linear.in_dim == -2:
@@ -560,35 +596,9 @@ def linear_names(gm: fx.GraphModule) -> dict[fx.Node, str]:
     return out
 
 
-def value_key(target: Any, args: Any, kwargs: Any) -> Any:
-    """What the fake value of a call depends on; ``None`` where sizes are symbolic."""
-
-    def looks(operand: fx.Node) -> Any:
-        v = ir.val(operand)
-        if not isinstance(v, torch.Tensor):
-            raise TypeError
-        return (tuple(v.shape), v.stride(), v.dtype, v.device)
-
-    try:
-        key = frozen((target, *fx.node.map_arg((tuple(args), dict(kwargs)), looks)))
-        hash(key)
-    except TypeError:  # a symbolic size has no hash
-        return None
-    return key
-
-
 def _nodes(args: Any) -> Iterator[fx.Node]:
     for a in args:
         if isinstance(a, fx.Node):
             yield a
         elif isinstance(a, (list, tuple)):
             yield from _nodes(a)
-
-
-def frozen(value: Any) -> Any:
-    """A hashable stand-in for op arguments (``1`` and ``1.0`` and ``True`` stay different)."""
-    if isinstance(value, dict):
-        return tuple(sorted((k, frozen(v)) for k, v in value.items()))
-    if isinstance(value, (list, tuple)):
-        return tuple(frozen(v) for v in value)
-    return (type(value), value) if isinstance(value, (bool, int, float)) else value

@@ -28,7 +28,7 @@ from .axis import (
     users,
 )
 from .errors import Refuse
-from .linear import Linear, WeightBuilder, is_weight, match_linear, table_user
+from .linear import Linear, WeightBuilder, is_weight, match_features, table_user
 
 aten = torch.ops.aten
 
@@ -104,7 +104,7 @@ def follow_readers(value: fx.Node, axis: Axis) -> tuple[list[Reading], list[Bloc
                 continue
             if reads_metadata_only(user) or is_inert(user):
                 continue
-            linear = match_linear(user)
+            linear = match_features(user, where.dims)
             if linear is not None:
                 problem = _why_not(linear, at, where)
                 if problem is None:

@@ -39,7 +39,7 @@ from .axis import (
     result_axis,
     users,
 )
-from .linear import Linear, match_linear
+from .linear import Linear, match_features, match_linear
 
 aten = torch.ops.aten
 nf = torch.ops.normfuse
@@ -226,7 +226,7 @@ def _links(node: Any, axis: Axis) -> Links | None:
             return None
         args = ir.NormArgs(node.args[0])
         return [(args.x, axis), (args.residual, axis)]
-    if match_linear(node) is not None:
+    if match_features(node, axis.dims) is not None:
         return None
     return operands(node, axis)
 
@@ -320,7 +320,7 @@ class _Builder:
                 )
             return
         found = result_axis(user, value, axis)
-        if found is not None and match_linear(user) is None:
+        if found is not None and match_features(user, axis.dims) is None:
             push(user, found, user, value)
             return
         if not is_inert(user):
@@ -341,7 +341,7 @@ class _Builder:
         gates: list[fx.Node] = []
         cur, at = value, axis
         while True:
-            kind = self._kind(cur)
+            kind = self._kind(cur, at)
             if kind is not None:
                 break
             back = self._behind(cur, at)
@@ -376,10 +376,10 @@ class _Builder:
             return links[0], False
         return None
 
-    def _kind(self, node: Any) -> str | None:
+    def _kind(self, node: Any, axis: Axis) -> str | None:
         if node.op == "placeholder":
             return "input"
-        linear = match_linear(node)
+        linear = match_features(node, axis.dims)
         if linear is not None:
             return "conv" if "conv" in linear.layout else "linear"
         if ir.is_call(node, *_EMBEDDINGS):

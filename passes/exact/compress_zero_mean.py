@@ -22,7 +22,7 @@ from torch import fx
 from .. import cost, ir
 from ..axis import SPLITS, Axis, operands, result_axis, users
 from ..errors import Refuse
-from ..linear import Linear, WeightBuilder, is_weight, match_linear
+from ..linear import Linear, WeightBuilder, is_weight, match_features, match_linear
 from ..manager import Context, Pass, PassResult, register
 from ..residual import Stream, Writer, streams
 from ..zero_mean import centered_streams, linear_out_axis
@@ -211,7 +211,7 @@ def _outputs(norm: fx.Node) -> _Outputs:
         for user in users(value):
             if user in out.values:
                 continue
-            linear = match_linear(user)
+            linear = match_features(user, axis.dims)
             if linear is not None:
                 if (
                     linear.input is value

@@ -20,7 +20,14 @@ from torch import fx
 from .. import cost, ir
 from ..axis import Axis, channel_scale, dropout_is_active, is_dropout, operands
 from ..errors import Refuse
-from ..linear import WeightBuilder, is_weight, match_linear, set_args, table_user
+from ..linear import (
+    WeightBuilder,
+    is_weight,
+    match_features,
+    match_linear,
+    set_args,
+    table_user,
+)
 from ..manager import Context, Pass, PassResult, register
 from ..readers import check_readers, feature_axis, fold_into_readers
 from ..report import Site
@@ -330,7 +337,8 @@ def _before(scaling: _Scaling) -> tuple[fx.Node, Axis | None] | None:
     while True:
         if set(cur.users) != {reader}:
             return None
-        if match_linear(cur) is not None or ir.is_call(cur, nf.layer_norm, nf.rms_norm):
+        layer = match_features(cur, axis.dims if axis is not None else ())
+        if layer is not None or ir.is_call(cur, nf.layer_norm, nf.rms_norm):
             return cur, axis
         if cur.op != "call_function" or cur.meta.get("mutated"):
             return None

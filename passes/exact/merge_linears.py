@@ -20,12 +20,10 @@ from ..errors import Refuse
 from ..linear import (
     Linear,
     WeightBuilder,
-    frozen,
     is_weight,
     match_linear,
     named_args,
     table_user,
-    value_key,
 )
 from ..manager import Context, Pass, PassResult, register
 from ..report import Site
@@ -36,6 +34,9 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 _FAMILIES = {"addmm": "mm", "baddbmm": "bmm"}
+#: Layouts of ops that have no arguments but their operands, by the side of the weight.
+_RIGHT = ("linear", "mm", "addmm", "bmm", "baddbmm", "matmul")
+_LEFT = ("mv", "left_linear", "left_mm", "left_bmm", "left_matmul")
 _OPERANDS = frozenset({"input", "x", "self", "mat1", "mat2", "batch1", "batch2", "weight", "bias"})
 
 
@@ -154,7 +155,7 @@ def _same_input(gm: fx.GraphModule) -> tuple[list[list[Linear]], dict[fx.Node, f
             continue
         if ir.is_pure(node):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), rename)
-            key = frozen((node.target, args, dict(kwargs)))
+            key = ir.frozen((node.target, args, dict(kwargs)))
             same[node] = table.setdefault(key, node)
         linear = match_linear(node)
         if linear is not None:
@@ -215,12 +216,12 @@ def _signature(linear: Linear, same: dict[fx.Node, fx.Node]) -> Any:
             )
     others = {k: v for k, v in named_args(node).items() if k not in _OPERANDS}
     others = fx.node.map_arg(others, lambda n: same.get(n, n))
-    if linear.layout in ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear"):
+    if linear.layout in (*_RIGHT, *_LEFT):
         others = {}
     family = _FAMILIES.get(linear.layout, linear.layout)
     device = ir.val(weight).device
     region = node.meta.get("region")
-    return frozen((family, str(device), ir.dtype(weight), common, others, region))
+    return ir.frozen((family, str(device), ir.dtype(weight), common, others, region))
 
 
 def _difference(odd: Linear, readers: list[Linear]) -> Refuse:
@@ -350,7 +351,7 @@ def _layout_key(node: fx.Node) -> Any:
 
     if not isinstance(node.target, torch._ops.OpOverload) or not ir.is_tensor(node):
         return None
-    return value_key(node.target, node.args, node.kwargs)
+    return ir.value_key(node.target, node.args, node.kwargs)
 
 
 def _strides(node: fx.Node) -> Any:

@@ -19,11 +19,14 @@ LINEAR = {
     "...d, df": ((2, 5, 8), (8, 6)),
     "bcn,oc->bon": ((2, 8, 5), (6, 8)),
     "lbd,ldf->bf": ((3, 2, 8), (3, 8, 6)),
+    "bld,dk->lbk": ((2, 5, 8), (8, 6)),
+    "bld,dk->lkb": ((2, 5, 8), (8, 6)),
+    "bld,d->bl": ((2, 5, 8), (8,)),
+    "bld,ld->b": ((2, 5, 8), (5, 8)),
 }
 KEPT = {
     "bed,edf->bef": ((2, 3, 8), (3, 8, 6)),  # a stack of matrices
     "bld,d->bld": ((2, 5, 8), (8,)),  # a gain
-    "bld,d->bl": ((2, 5, 8), (8,)),  # a vector
     "bld,df->bl": ((2, 5, 8), (8, 6)),  # sums over the weight's own label
     "bld,df->lf": ((2, 5, 8), (8, 6)),  # sums over the batch
     "bdd,df->bf": ((2, 8, 8), (8, 6)),  # a diagonal
@@ -74,6 +77,58 @@ def test_weight_first():
     gm = passes.capture(model, (x,))
     assert aten.linear.default in targets(gm)
     torch.testing.assert_close(gm(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+class Spelled(nn.Module):
+    def __init__(self, call, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.call = call
+        self.weight = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.call(x, self.weight)
+
+
+SPELLED = {
+    "inner": (torch.inner, (2, 5, 8), (6, 8)),
+    "inner_left": (lambda x, w: torch.inner(w, x), (2, 5, 8), (6, 8)),
+    "inner_vector": (torch.inner, (8,), (8,)),
+    "tensordot": (lambda x, w: torch.tensordot(x, w, 1), (2, 5, 8), (8, 6)),
+    "tensordot_dims": (lambda x, w: torch.tensordot(w, x, ([1], [-1])), (2, 5, 8), (6, 8)),
+    "tensordot_two": (lambda x, w: torch.tensordot(x, w, ([1, 2], [1, 0])), (2, 5, 8), (8, 5, 3)),
+    "matmul_vector": (torch.matmul, (2, 5, 8), (8,)),
+    "vector_matmul": (lambda x, w: w @ x, (2, 8, 5), (8,)),
+    "mv": (torch.mv, (5, 8), (8,)),
+    "dot": (torch.dot, (8,), (8,)),
+    "linear_vector": (lambda x, w: x @ w, (8,), (8,)),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", SPELLED)
+def test_other_spellings_become_linear(name, dynamic):
+    call, shape, weight = SPELLED[name]
+    model = Spelled(call, weight)
+    x = torch.randn(shape, dtype=torch.float64)
+    gm = passes.capture(model, (x,), dynamic=dynamic)
+    assert aten.linear.default in targets(gm)
+    torch.testing.assert_close(gm(x), model(x), rtol=1e-12, atol=1e-12)
+    assert gm(x).stride() == model(x).stride()
+
+
+def test_layout_is_the_one_einsum_has():
+    for equation, order in (("bld,dk->lbk", 6), ("bld,dk->lkb", 2)):
+        model = Einsum(equation, (8, 6))
+        x = torch.randn(2, 5, 8, dtype=torch.float64)
+
+        def viewed(x, model=model, order=order):
+            return model(x).view(-1, order)  # what the layout einsum gives allows
+
+        try:
+            want = viewed(x)
+        except RuntimeError:
+            continue
+        torch.testing.assert_close(passes.capture(viewed, (x,))(x), want)
 
 
 class Block(nn.Module):

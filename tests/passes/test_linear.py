@@ -1,5 +1,6 @@
 """Linear layers: every spelling is one object, and the algebra on its weight is right."""
 
+import normfuse
 import pytest
 import torch
 import torch.nn.functional as F
@@ -79,6 +80,31 @@ CASES = {
         (-2, -1),
         -1,
     ),
+    "left_mm": (Op(lambda x, w, b: torch.mm(w, x), (6, D)), (D, 3), "left_mm", (-1, -2), -2),
+    "left_matmul": (
+        Op(lambda x, w, b: w @ x, (6, D)),
+        (2, D, 3),
+        "left_matmul",
+        (-1, -2),
+        -2,
+    ),
+    "left_stack": (Op(lambda x, w, b: w @ x, (2, 6, D)), (5, 2, D, 3), "left_matmul", (-1, -2), -2),
+    "left_bmm": (
+        Op(lambda x, w, b: torch.bmm(w, x), (2, 6, D)),
+        (2, D, 3),
+        "left_bmm",
+        (-1, -2),
+        -2,
+    ),
+    "mv": (Op(lambda x, w, b: torch.mv(w, x), (6, D)), (D,), "mv", (-1, -2), -1),
+    "matmul_vector": (Op(lambda x, w, b: w @ x, (6, D)), (D,), "mv", (-1, -2), -1),
+    "left_linear": (
+        Op(lambda x, w, b: F.linear(w, x), (6, D)),
+        (3, D),
+        "left_linear",
+        (-1, -2),
+        -1,
+    ),
     "conv1d": (Op(conv(1), (6, D, 3), (6,)), (2, D, 7), "conv", (-2, -3), -2),
     "conv2d": (Op(conv(2, stride=2), (6, D, 2, 3), (6,)), (2, D, 6, 7), "conv", (-3, -4), -3),
     "conv3d": (Op(conv(3), (6, D, 1, 1, 1)), (2, D, 2, 3, 2), "conv", (-4, -5), -4),
@@ -144,7 +170,8 @@ def test_matched(name):
     _, _, _, linear = matched(name)
     assert linear.layout == layout
     assert (linear.in_dim, linear.out_dim) == dims
-    assert (linear.feature_in, linear.feature_out) == (feature, feature)
+    out = -2 if name == "left_linear" else feature
+    assert (linear.feature_in, linear.feature_out) == (feature, out)
     assert (linear.in_features, linear.out_features) == (D, 2 * D if name == "depthwise" else 6)
     assert linear.owned and linear.pads == (name in PADS)
     assert (linear.bias is None) == (model.bias is None)
@@ -193,7 +220,7 @@ def test_fold_out(name, number):
 
 
 def test_a_number_scales_in_and_a_scalar_weight_too():
-    for name in ("linear", "grouped", "grouped_transposed", "bmm"):
+    for name in ("linear", "grouped", "grouped_transposed", "bmm", "left_mm", "left_linear"):
         model, x, gm, linear = matched(name)
         builder = WeightBuilder(gm.graph, Context())
         weight, _ = builder.fold_in(linear, constant(gm, "gate", torch.tensor(0.5).double()), None)
@@ -279,6 +306,56 @@ def test_set_args_by_name():
     assert ir.NormArgs(norm).out_dtype == torch.float64 and ir.NormArgs(norm).eps == 1e-3
     set_args(norm, eps=1e-6, gain=None)
     assert ir.NormArgs(norm).eps == 1e-6 and ir.NormArgs(norm).out_dtype == torch.float64
+
+
+class Left(nn.Module):
+    """A pre-norm model that is written with every weight on the left."""
+
+    def __init__(self, norm=nn.LayerNorm, d=D):
+        super().__init__()
+        self.embed, self.first, self.second = (
+            nn.Parameter(torch.randn(shape)) for shape in ((d, 3), (2 * d, d), (d, 2 * d))
+        )
+        self.gate, self.query = nn.Parameter(torch.randn(2 * d, d)), nn.Parameter(torch.randn(d))
+        self.mix = nn.Parameter(torch.randn(5, 5))
+        self.norm, self.final = norm(d), norm(d)
+        self.final.bias = None  # mixing rows would not keep it
+        for p in (*self.norm.parameters(), *self.final.parameters()):
+            nn.init.normal_(p)
+
+    def forward(self, x):
+        x = self.embed @ x  # (…, d, tokens)
+        h = self.norm(x.mT).mT
+        x = x + torch.matmul(self.second, torch.tanh(self.first @ h) * (self.gate @ h))
+        h = self.mix @ self.final(x.mT)  # tokens are mixed, features are not
+        return h @ self.query
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5)])
+def test_exact_passes_work_on_weights_on_the_left(norm, shape):
+    model = Left(norm).double().eval()
+    x = torch.randn(shape, dtype=torch.float64)
+    new, report = normfuse.rewrite(model, (x,), policy="always")
+    applied = {s.key: s.applied for s in report.sites}
+    wanted = {"fold_affine"} | ({"remove_mean"} if norm is nn.LayerNorm else set())
+    assert wanted <= set(applied["norm"]) and wanted <= set(applied["final"])
+    assert any("merge_linears" in a for a in applied.values())
+    assert not report.failed_verification
+    torch.testing.assert_close(new(x), model(x), rtol=1e-10, atol=1e-10)
+    new(x).square().sum().backward()
+    got = {n: p.grad for n, p in new.named_parameters()}
+    model(x).square().sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(got[name], p.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_a_weight_on_the_left_of_rows_reads_no_features():
+    def path(h):
+        return torch.eye(6) @ h  # (tokens, tokens) @ (tokens, features)
+
+    readings, blocked = read(path)
+    assert not blocked and [r.linear.layout for r in readings] == ["linear"]
 
 
 # -- readers
