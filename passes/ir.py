@@ -27,9 +27,10 @@ Facts, all in ``node.meta``:
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
@@ -305,6 +306,10 @@ def inherit(node: fx.Node, like: fx.Node, *, site: bool = False) -> None:
             node.meta[key] = like.meta[key]
 
 
+#: Fake values by what they depend on: computing them is what costs, and layers are mostly alike.
+_fake_values: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
+
+
 def set_val(node: fx.Node) -> None:
     """(Re)compute ``meta['val']`` of a call node from its arguments' fake values."""
     inputs = node.all_input_nodes
@@ -313,6 +318,20 @@ def set_val(node: fx.Node) -> None:
         raise SpecError(f"{node.format_node()} reads {missing[0].name}, which has no value")
     values = [a.meta["val"] for a in inputs]
     fakes = [v for v in values if isinstance(v, torch._subclasses.FakeTensor)]
+    key = value_key(node.target, node.args, node.kwargs) if fakes and is_pure(node) else None
+    if key is None:
+        _compute_val(node, fakes)
+        return
+    known = _fake_values.setdefault(fakes[0].fake_mode, {})
+    if key in known:
+        node.meta.pop("tensor_meta", None)
+        node.meta["val"] = known[key]
+    else:
+        _compute_val(node, fakes)
+        known[key] = node.meta["val"]
+
+
+def _compute_val(node: fx.Node, fakes: list[Any]) -> None:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     shape_of = ops.SHAPES.get(node.target)
     node.meta.pop("tensor_meta", None)
@@ -327,17 +346,44 @@ def set_val(node: fx.Node) -> None:
         node.meta["val"] = node.target(*args, **kwargs) if result is None else result
 
 
+def frozen(value: Any, of_node: Callable[[fx.Node], Any] | None = None) -> Any:
+    """A hashable stand-in for op arguments (``1`` and ``1.0`` and ``True`` stay different).
+
+    Nodes stand for themselves, or are replaced by what ``of_node`` says of them.
+    """
+    kind = type(value)
+    if kind is fx.Node:
+        return value if of_node is None else of_node(value)
+    if kind in (bool, int, float):
+        return (kind, value)
+    if isinstance(value, (list, tuple)):
+        return tuple([frozen(v, of_node) for v in value])
+    if isinstance(value, dict):
+        return tuple(sorted((k, frozen(v, of_node)) for k, v in value.items()))
+    return value
+
+
+def _looks(node: fx.Node) -> Any:
+    v = node.meta.get("val")
+    if not isinstance(v, torch.Tensor):
+        raise TypeError
+    return (v.shape, v.stride(), v.dtype, v.device)
+
+
+def value_key(target: Any, args: Any, kwargs: Any) -> Any:
+    """What the fake value of a call depends on; ``None`` where sizes are symbolic."""
+    try:
+        key = (target, frozen(args, _looks), frozen(kwargs, _looks))
+        hash(key)
+    except TypeError:  # a symbolic size has no hash
+        return None
+    return key
+
+
 def replace(old: fx.Node, new: fx.Node) -> None:
     """Redirect all users of ``old`` to ``new`` and erase ``old``."""
     old.replace_all_uses_with(new)
     old.graph.erase_node(old)
-
-
-def weight_cast(graph: fx.Graph, node: fx.Node, to: torch.dtype) -> fx.Node:
-    """``node.to(to)`` in the weight program; no node when it is already of that dtype."""
-    if dtype(node) == to:
-        return node
-    return emit(graph, aten.to.dtype, node, to, like=node, weight=True)
 
 
 def erase_dead(gm: fx.GraphModule) -> None:

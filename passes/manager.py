@@ -8,12 +8,14 @@ user's model is never left half-rewritten.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import hashlib
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -247,6 +249,18 @@ def copy_graph(source: fx.Graph) -> fx.Graph:
     return Snapshot(source).graph()
 
 
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Garbage collection waits: walking a large model's graph again and again frees nothing."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 def disabled_by_environment() -> frozenset[str]:
     names = os.environ.get(DISABLE_ENV, "")
     return frozenset(n.strip() for n in names.split(",") if n.strip())
@@ -304,21 +318,27 @@ class PassManager:
             for setting in disabled(ambient()):  # the graph's casts are explicit
                 off.enter_context(setting)
             self._run_all(gm, context, report, disabled_passes)
+            with collector_paused():
+                gm.recompile()
         report.seconds += time.perf_counter() - start
-        gm.recompile()
         return gm, report
 
     def _run_all(
         self, gm: fx.GraphModule, context: Context, report: Report, disabled: frozenset[str]
     ) -> None:
         said: list[str] = []
+        before = None
         for p in self.passes:
             record = PassRecord(p.name, p.promise, disabled=p.name in disabled)
             report.passes.append(record)
             if record.disabled:
                 continue
             t0 = time.perf_counter()
-            result = self._run_one(p, gm, context, report)
+            with collector_paused():
+                before = before or Snapshot(gm.graph)
+            result = self._run_one(p, gm, context, report, before)
+            if result.modified:
+                before = None
             record.seconds = time.perf_counter() - t0
             record.applied, record.refused = len(result.applied), len(result.refused)
             _merge(report, p, result)
@@ -328,24 +348,26 @@ class PassManager:
         if said:
             warnings.warn("; ".join(dict.fromkeys(said)), NormfuseWarning, stacklevel=4)
 
-    def _run_one(self, p: Pass, gm: fx.GraphModule, context: Context, report: Report) -> PassResult:
+    def _run_one(
+        self, p: Pass, gm: fx.GraphModule, context: Context, report: Report, before: Snapshot
+    ) -> PassResult:
         journal, fuel = list(context.journal), context.fuel
+
+        def undo() -> None:
+            gm.graph = before.graph()
+            context.journal[:] = journal
+            context.fuel = fuel
+            context.cache.clear()
+
         while True:
-            before = Snapshot(gm.graph)
-
-            def undo(before: Snapshot = before) -> None:
-                gm.graph = before.graph()
-                context.journal[:] = journal
-                context.fuel = fuel
-                context.cache.clear()
-
             try:
-                result = p.run(gm, context)
-                if result.modified:
-                    context.cache.clear()
-                    ir.stable_sort(gm.graph)
-                    ir.erase_dead(gm)
-                    ir.check(gm)
+                with collector_paused():
+                    result = p.run(gm, context)
+                    if result.modified:
+                        context.cache.clear()
+                        ir.stable_sort(gm.graph)
+                        ir.erase_dead(gm)
+                        ir.check(gm)
             except CommitFailed as failure:
                 undo()
                 context.banned.add((failure.pass_name, failure.key))
