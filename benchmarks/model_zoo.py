@@ -2,12 +2,13 @@
 
     python benchmarks/model_zoo.py [--quick] [--models gpt-192,vit-192] [--rows infer,train]
                                    [--tokens 1,16,256] [--dtypes float32,bfloat16] [--out FOLDER]
-                                   [--add]
+                                   [--tables rows,probes,depth] [--add]
 
-All variants of a row run in one process, interleaved round by round in random order. Ratios are medians
-of per-round ratios with a 95 % bootstrap interval. Compile time (cold caches) and peak memory are
-measured in a process of their own. Writes ``model_zoo-<device>.json`` and ``.md``; with ``--add``, rows
-measured before with the same software on the same kind of device stay.
+Tables: ``rows``, the steps themselves; ``probes``, compile time and peak memory; ``depth``, the passes
+alone on ever deeper models. All variants of a row run in one process, interleaved round by round in
+random order; ratios are medians of per-round ratios with a 95 % bootstrap interval. A probe is a fresh
+process with cold caches, the variants taking turns. Writes ``model_zoo-<device>.json`` and ``.md``; with
+``--add``, what was measured before with the same software on the same kind of device stays.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import math
 import os
 import re
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -44,6 +46,9 @@ VARIANTS = {
     "normfuse": ("normfuse", True),
     "bound": ("inductor", False),
 }
+#: What a user can choose among: their compile time and memory are compared.
+PROBED = ("eager", "inductor", "normfuse")
+TABLES = ("rows", "probes", "depth")
 #: A row fails when its interval lies below this.
 FLOOR = 0.98
 #: Rows whose bound leaves this much are asked how much of it was taken.
@@ -115,8 +120,28 @@ def measure_row(
     }
     if over["bound"].low > HEADROOM:
         row["headroom_taken"] = (over["normfuse"].value - 1) / (over["bound"].value - 1)
-    if options.probe:
-        row["probes"] = {v: probe(model, v, mode, tokens, dtype) for v in VARIANTS}
+    return row
+
+
+def probe_row(
+    model: Model, mode: str, tokens: int, dtype: torch.dtype, repeats: int
+) -> dict[str, Any]:
+    """Medians over ``repeats`` fresh processes of each variant, which take turns."""
+    found: dict[str, list[dict[str, float]]] = {v: [] for v in PROBED}
+    for _ in range(repeats):
+        for v, figures in found.items():
+            figures.append(probe(model, v, mode, tokens, dtype))
+    row: dict[str, Any] = {
+        "model": model.name,
+        "mode": mode,
+        "tokens": tokens,
+        "dtype": str(dtype).removeprefix("torch."),
+        "repeats": repeats,
+    }
+    for key in ("compile_seconds", "peak_bytes"):
+        row[key] = {v: statistics.median(f[key] for f in figures) for v, figures in found.items()}
+    row["compile_ratio"] = row["compile_seconds"]["normfuse"] / row["compile_seconds"]["inductor"]
+    row["memory_ratio"] = row["peak_bytes"]["normfuse"] / row["peak_bytes"]["inductor"]
     return row
 
 
@@ -197,7 +222,7 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(sum(math.log(v) for v in values) / len(values))
 
 
-def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(rows: list[dict[str, Any]], probes: list[dict[str, Any]]) -> dict[str, Any]:
     # over all rows with headroom at once: a row's own share may be negative, and has no root then
     wide = [r["over_inductor"] for r in rows if "headroom_taken" in r]
     taken = None
@@ -205,18 +230,16 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
         bound = geometric_mean([w["bound"]["value"] for w in wide])
         taken = (geometric_mean([w["normfuse"]["value"] for w in wide]) - 1) / (bound - 1)
     ratios = [r["over_inductor"]["normfuse"]["value"] for r in rows]
-    compile_ratios = [
-        r["probes"]["normfuse"]["compile_seconds"] / r["probes"]["inductor"]["compile_seconds"]
-        for r in rows
-        if "probes" in r
-    ]
     return {
         "rows": len(rows),
         "slower_rows": [label(r) for r in rows if r["slower"]],
         "geometric_mean_over_inductor": geometric_mean(ratios) if ratios else None,
         "rows_with_headroom": len(wide),
         "headroom_taken": taken,
-        "compile_time_ratio": geometric_mean(compile_ratios) if compile_ratios else None,
+        "compile_time_ratio": geometric_mean([p["compile_ratio"] for p in probes])
+        if probes
+        else None,
+        "memory_ratio": geometric_mean([p["memory_ratio"] for p in probes]) if probes else None,
     }
 
 
@@ -226,10 +249,18 @@ def label(row: dict[str, Any]) -> str:
 
 def markdown(result: dict[str, Any]) -> str:
     """The result as a page; ``render_tables.py`` puts the same tables elsewhere."""
-    from render_tables import depth_table, environment_line, summary_lines, zoo_table
+    from render_tables import (
+        depth_table,
+        environment_line,
+        probe_table,
+        summary_lines,
+        zoo_table,
+    )
 
     parts = ["# Model zoo", environment_line(result), zoo_table(result)]
     parts += ["\n".join(f"- {line}" for line in summary_lines(result))]
+    if result["probes"]:
+        parts += ["## Compile time and memory", probe_table(result)]
     if result["depth"]:
         parts += ["## Passes against depth", depth_table(result)]
     return "\n\n".join(parts) + "\n"
@@ -238,13 +269,14 @@ def markdown(result: dict[str, Any]) -> str:
 def earlier(path: Path, environment: dict[str, Any]) -> dict[str, Any]:
     """What a former run with the same software and device measured, by label."""
     if not path.exists():
-        return {"rows": {}, "depth": {}}
+        return {table: {} for table in TABLES}
     found = json.loads(path.read_text(encoding="utf-8"))
     for key, value in environment.items():
         if key != "date" and found["environment"].get(key) != value:
             raise SystemExit(f"--add: {path} was measured with another {key}")
     return {
         "rows": {label(r): r for r in found["rows"]},
+        "probes": {label(r): r for r in found.get("probes", ())},
         "depth": {r["blocks"]: r for r in found["depth"]},
     }
 
@@ -254,7 +286,7 @@ def saving(path: Path, result: dict[str, Any]) -> Iterator[Callable[[], None]]:
     """Write after every row: an interrupted run keeps what it measured."""
 
     def save() -> None:
-        result["summary"] = summarize(result["rows"])
+        result["summary"] = summarize(result["rows"], result["probes"])
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         path.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
@@ -277,7 +309,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtypes", type=words, default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--sample", type=float, default=0.03, help="seconds per timed sample")
-    parser.add_argument("--no-probe", dest="probe", action="store_false")
+    parser.add_argument("--tables", type=words, default=list(TABLES))
+    parser.add_argument(
+        "--probe-tokens", type=words, default=["16"], help="lengths that are probed"
+    )
+    parser.add_argument("--repeats", type=int, default=2, help="processes of a probe")
     parser.add_argument("--depths", type=words, default=["10", "100", "1000"])
     parser.add_argument("--add", action="store_true", help="keep rows that are there already")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -285,9 +321,9 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.quick:
         options.models = [m for m in options.models if m in ("gpt-192", "llama-192")]
-        options.dtypes, options.rounds, options.probe = ["float32"], 9, False
+        options.dtypes, options.rounds, options.tables = ["float32"], 9, ["rows", "depth"]
         options.depths = ["10", "100"]
-    for name, known in (("models", MODELS), ("rows", ("infer", "train"))):
+    for name, known in (("models", MODELS), ("rows", ("infer", "train")), ("tables", TABLES)):
         unknown = set(getattr(options, name)) - set(known)
         if unknown:
             parser.error(f"unknown {name}: {sorted(unknown)}; known: {', '.join(known)}")
@@ -320,12 +356,12 @@ def main() -> None:
     kind = environment["device"] if environment["device_type"] != "cpu" else "cpu"
     slug = re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
     path = options.out / f"model_zoo-{slug}"
-    known = {"rows": {}, "depth": {}}
+    known: dict[str, dict] = {table: {} for table in TABLES}
     if options.add:
         known = earlier(path.with_suffix(".json"), environment)
     result: dict[str, Any] = {"environment": environment}
     result.update({table: list(found.values()) for table, found in known.items()})
-    rows = plan(options)
+    rows = plan(options) if {"rows", "probes"} & set(options.tables) else []
 
     def put(table: str, key: Any, row: dict[str, Any]) -> None:
         known[table][key] = row
@@ -336,10 +372,18 @@ def main() -> None:
         with tqdm(rows, disable=not sys.stderr.isatty()) as bar:
             for model, mode, tokens, dtype in bar:
                 bar.set_description(f"{model.name} {mode} {tokens}")
-                row = measure_row(model, mode, tokens, dtype, options)
-                put("rows", label(row), row)
+                what = (model, mode, tokens, dtype)
+                if "rows" in options.tables:
+                    row = measure_row(*what, options)
+                    put("rows", label(row), row)
+                asked = (
+                    mode == "train" or model.kind == "image" or str(tokens) in options.probe_tokens
+                )
+                if "probes" in options.tables and asked:
+                    row = probe_row(*what, options.repeats)
+                    put("probes", label(row), row)
                 save()
-        for depth in options.depths:
+        for depth in options.depths if "depth" in options.tables else ():
             put("depth", int(depth), depth_row(int(depth)))
     print(markdown(result))
 

@@ -56,6 +56,23 @@ def zoo_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def probe_table(result: dict[str, Any]) -> str:
+    lines = [
+        "| model | mode | tokens | dtype | compile s: Inductor | normfuse | × "
+        "| peak MB: eager | Inductor | normfuse | × |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for r in result["probes"]:
+        seconds, peak = r["compile_seconds"], r["peak_bytes"]
+        lines.append(
+            f"| {r['model']} | {r['mode']} | {r['tokens']} | {r['dtype']} "
+            f"| {seconds['inductor']:.1f} | {seconds['normfuse']:.1f} | {r['compile_ratio']:.2f} | "
+            + " | ".join(f"{peak[v] / 1e6:,.0f}" for v in ("eager", "inductor", "normfuse"))
+            + f" | {r['memory_ratio']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def depth_table(result: dict[str, Any]) -> str:
     lines = ["| blocks | sites | passes s | capture + passes s |", "| ---: | ---: | ---: | ---: |"]
     for r in result["depth"]:
@@ -73,12 +90,12 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
         out.append(
             f"{s['rows']} rows, geometric mean {s['geometric_mean_over_inductor']:.3f}× Inductor."
         )
-    slower = s["slower_rows"]
-    out.append(
-        "No row is slower than Inductor (95 % interval below 0.98×)."
-        if not slower
-        else f"Slower than Inductor (95 % interval below 0.98×): {', '.join(slower)}."
-    )
+        slower = s["slower_rows"]
+        out.append(
+            "No row is slower than Inductor (95 % interval below 0.98×)."
+            if not slower
+            else f"Slower than Inductor (95 % interval below 0.98×): {', '.join(slower)}."
+        )
     if s["headroom_taken"] is not None:
         rows = s["rows_with_headroom"]
         out.append(
@@ -92,7 +109,10 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
             f"({min(same):.2f}–{max(same):.2f}×) is the noise of the measurement."
         )
     if s["compile_time_ratio"] is not None:
-        out.append(f"Compile time, cold caches: {s['compile_time_ratio']:.2f}× Inductor's.")
+        out.append(
+            f"Compile time with cold caches {s['compile_time_ratio']:.2f}×, peak memory of the "
+            f"process {s['memory_ratio']:.2f}× Inductor's (geometric means)."
+        )
     return out
 
 
