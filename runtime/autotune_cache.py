@@ -208,7 +208,14 @@ def candidates(plan: Any) -> list[Any]:
     for other in (warps * 2, warps // 2):
         if 1 <= other <= 16:
             add(num_warps=other)
-    if hasattr(plan, "num_stages"):
+    if hasattr(plan, "block"):  # square tiles
+        add(num_stages=plan.num_stages + 1)
+        add(block_k=max(plan.block_k // 2, 16), num_stages=plan.num_stages + 1)
+        add(block_k=plan.block_k * 2, num_stages=max(plan.num_stages - 1, 1))
+        other = 64 if plan.block == 128 else 128
+        add(block=other, num_warps=other // 16)
+        add(group=plan.group * 2)
+    elif hasattr(plan, "num_stages"):
         add(num_stages=plan.num_stages + 1)
         add(block_n=plan.block_n * 2)
         if plan.block_n > 32:

@@ -61,6 +61,7 @@ def product(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    x_stride_k=1,
 ):
     """``x wᵀ`` (and ``x w2ᵀ`` if ``DUAL``) over ``[k_begin, k_end)``, with ``Σx`` and ``Σx²``.
 
@@ -73,7 +74,7 @@ def product(
     s2 = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(k_begin, k_end, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        a = load_tile(x, m, k, x_stride, 1, m_mask, k_end, EVEN_K, False)
+        a = load_tile(x, m, k, x_stride, x_stride_k, m_mask, k_end, EVEN_K, False)
         b = load_tile(w, n, k, w_stride, w_stride_k, n_mask, k_end, EVEN_K, True)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         if DUAL:

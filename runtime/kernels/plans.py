@@ -125,6 +125,50 @@ def gemm(
     return GemmPlan("large", 64, 128, 32, 8, 3) if wide else GemmPlan("large", 128, 128, 64, 8, 3)
 
 
+@dataclass(frozen=True)
+class SquarePlan:
+    """Square tiles of a product with a symmetric result."""
+
+    regime: str
+    block: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group: int = 8
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def tiles(self, side: Any) -> Any:
+        """Tiles on and below the diagonal."""
+        t = cdiv(side, self.block)
+        return t * (t + 1) // 2
+
+
+def symmetric(
+    batch: Any, side: Any, itemsize: int, processors: int, *, tf32: bool = False
+) -> SquarePlan:
+    """Plan of ``batch`` symmetric results of one side: small tiles where large ones are too few."""
+    if itemsize > 2 and not tf32:  # without tensor cores: a deeper tile has no registers left
+        return SquarePlan("symmetric", 64, 16, 4, 3)
+    block_k = 128 // itemsize
+    large = SquarePlan("symmetric", 128, block_k, 8, 3)
+    few = _static(batch) and _static(side) and batch * large.tiles(side) < processors
+    small = few or (_static(side) and side <= 256)
+    return SquarePlan("symmetric", 64, block_k, 4, 4) if small else large
+
+
+def addend(m: Any, n: Any, itemsize: int, *, tf32: bool = False) -> GemmPlan:
+    """Plan of a product ``[m, n]`` with an addend."""
+    if itemsize > 2 and not tf32:
+        return GemmPlan("addend", 64, 64, 16, 4, 3)
+    block_k = 128 // itemsize
+    if _static(m) and _static(n) and min(m, n) <= 256:
+        short, long = (64, 128) if m <= n else (128, 64)
+        return GemmPlan("addend", short, long, block_k, 4, 4)
+    return GemmPlan("addend", 128, 128, block_k, 8, 3)
+
+
 def divides(block: int, *sizes: Any) -> bool:
     """True if every size is known and a multiple of ``block`` (no masks needed)."""
     return all(_static(s) and s % block == 0 for s in sizes)

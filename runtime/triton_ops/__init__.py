@@ -7,13 +7,15 @@ not depend on scheduling. Importing this package registers the ops; ``runtime/lo
 them into graphs.
 
 Requirements (checked, ``ValueError``): float16, bfloat16 or float32; the norm runs over the last dim;
-gain and bias are ``(d,)``.
+gain and bias are ``(d,)``. The products of ``symmetric.py`` take any dtype and device: they compute their
+formula where no kernel runs.
 """
 
 from .gated import MAX_RANK, gated_norm, gated_norm_backward
 from .launch import DTYPES, KINDS, KernelFailed, failures
 from .norms import add_norm, add_row_rstd, norm, norm_backward, row_rstd
 from .products import ACTIVATIONS, norm_linear, scaled_linear
+from .symmetric import add_product, symmetric_product
 
 __all__ = [
     "ACTIVATIONS",
@@ -22,6 +24,7 @@ __all__ = [
     "MAX_RANK",
     "KernelFailed",
     "add_norm",
+    "add_product",
     "add_row_rstd",
     "failures",
     "gated_norm",
@@ -31,4 +34,5 @@ __all__ = [
     "norm_linear",
     "row_rstd",
     "scaled_linear",
+    "symmetric_product",
 ]

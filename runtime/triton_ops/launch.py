@@ -167,5 +167,6 @@ def cast_order(
 
 def precision(dtype: torch.dtype) -> str:
     """How products of this dtype are computed: as PyTorch's own setting says."""
-    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact else "tf32"
+    # not get_float32_matmul_precision(): that raises once this newer setting was written
+    fast = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if fast else "ieee"

@@ -100,7 +100,10 @@ def test_tuning_is_bounded_and_keeps_the_best():
 
 
 def test_candidates_can_all_run():
-    for plan in (PLAN, plans.norm_backward(4096, 1024, 132), plans.gemm(8, 4096, 4096, 2, 132)):
+    others = (plans.norm_backward(4096, 1024, 132), plans.gemm(8, 4096, 4096, 2, 132))
+    square = [plans.symmetric(64, side, 2, 132) for side in (64, 1024)]
+    exact = plans.symmetric(64, 1024, 4, 132)
+    for plan in (PLAN, *others, *square, exact, plans.addend(768, 3072, 2)):
         found = cache.candidates(plan)
         assert 1 < len(found) <= cache.MAX_CONFIGS and found[0] == plan
         for c in found:

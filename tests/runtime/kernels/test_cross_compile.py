@@ -29,6 +29,10 @@ SAMPLE = [
     ("gated_fwd", "rank 16", "sm_90"),
     ("gated_bwd_rows", "rank 16", "sm_100"),
     ("gated_bwd_columns", "rank 64", "gfx942"),
+    ("batched_product", "bA + cA² 128", "sm_80"),
+    ("batched_product", "bA + cA² 128", "sm_90"),
+    ("batched_product", "Gram of columns 64", "sm_100"),
+    ("batched_product", "aX + BX 128", "gfx942"),
 ]
 
 
@@ -59,7 +63,7 @@ def test_sample(name, regime, target):
     case = next(c for c in all_cases("bf16") if c.name == name and c.regime.startswith(regime))
     compiled, r = judge(case, target)
     assert r.spills == 0
-    if target == "sm_90" and name == "norm_linear_kernel":
+    if target == "sm_90" and name in ("norm_linear_kernel", "batched_product"):
         assert "wgmma.mma_async" in compiled.asm["ptx"]
 
 
@@ -84,9 +88,11 @@ def test_the_table_is_complete_and_nothing_in_it_spills():
     assert set(rows) == wanted, "run python -m normfuse.runtime.kernels.resources"
     assert [key for key, cells in rows.items() if cells[2] != "0"] == []
     products = {c.name for c in all_cases("bf16") if c.is_product}
-    for (name, _, dtype, target), cells in rows.items():
+    for (name, regime, dtype, target), cells in rows.items():
         if name in products and dtype != "fp32":
             assert ("mfma" if target == "gfx942" else "MMA") in cells[4], (name, target)
+        elif "TF32" in regime and target != "gfx942":
+            assert "MMA" in cells[4], (name, regime, target)
     assert "HGMMA" in rows["norm_linear_kernel", "large 128×128×64", "bf16", "sm_90"][4]
 
 
