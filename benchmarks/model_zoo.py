@@ -36,6 +36,7 @@ from models import MODELS, Model
 from normfuse.passes.manager import PassManager
 from normfuse.runtime import backend, measure
 from normfuse.runtime.rewrite import explain
+from records import earlier
 from torch import nn
 from tqdm import tqdm
 
@@ -266,18 +267,12 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def earlier(path: Path, environment: dict[str, Any]) -> dict[str, Any]:
-    """What a former run with the same software and device measured, by label."""
-    if not path.exists():
-        return {table: {} for table in TABLES}
-    found = json.loads(path.read_text(encoding="utf-8"))
-    for key, value in environment.items():
-        if key != "date" and found["environment"].get(key) != value:
-            raise SystemExit(f"--add: {path} was measured with another {key}")
+def by_key(record: dict[str, Any]) -> dict[str, dict]:
+    """The tables of a record, each a mapping, so that a row measured again replaces itself."""
     return {
-        "rows": {label(r): r for r in found["rows"]},
-        "probes": {label(r): r for r in found.get("probes", ())},
-        "depth": {r["blocks"]: r for r in found["depth"]},
+        "rows": {label(r): r for r in record.get("rows", ())},
+        "probes": {label(r): r for r in record.get("probes", ())},
+        "depth": {r["blocks"]: r for r in record.get("depth", ())},
     }
 
 
@@ -356,9 +351,7 @@ def main() -> None:
     kind = environment["device"] if environment["device_type"] != "cpu" else "cpu"
     slug = re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
     path = options.out / f"model_zoo-{slug}"
-    known: dict[str, dict] = {table: {} for table in TABLES}
-    if options.add:
-        known = earlier(path.with_suffix(".json"), environment)
+    known = by_key(earlier(path.with_suffix(".json"), environment) if options.add else {})
     result: dict[str, Any] = {"environment": environment}
     result.update({table: list(found.values()) for table, found in known.items()})
     rows = plan(options) if {"rows", "probes"} & set(options.tables) else []

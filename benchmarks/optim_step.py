@@ -43,6 +43,8 @@ from normfuse.optim.stages import (
     Stage,
 )
 from normfuse.runtime.measure import environment
+from records import earlier
+from render_tables import bytes_section, step_section
 from torch import nn
 
 SETS: dict[str, list[tuple[int, tuple[int, int]]]] = {
@@ -392,52 +394,8 @@ def measure_bytes(name: str, args: argparse.Namespace) -> dict:
     return {"set": name, "entries": entries, "copy_rate": rate, "bytes": rows}
 
 
-def bytes_markdown(r: dict) -> list[str]:
-    lines = [
-        f"### {r['set']}, memory-bound parts, {r['entries'] / 1e6:.1f} M entries",
-        f"copy {r['copy_rate'] / 1e9:.1f} GB/s",
-        "",
-        "| part | passes | floor ms | median ms | × floor |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for label, row in r["bytes"].items():
-        lines.append(
-            f"| {label} | {row['passes']} | {row['floor'] * 1e3:.1f} | {row['median'] * 1e3:.1f} | "
-            f"{row['floors']:.2f} |"
-        )
-    return [*lines, ""]
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def markdown(results: list[dict]) -> str:
-    lines = []
-    for r in results:
-        if "bytes" in r:
-            lines += bytes_markdown(r)
-            continue
-        lines += [
-            f"### {r['set']}, {r['matrices']} matrices, {r['dtype']}",
-            "GEMM "
-            + ", ".join(f"{k} {v:.0f} GFLOP/s" for k, v in r["gemm_gflops"].items())
-            + f"; symmetric-aware floor {r['floor'] * 1e3:.1f} ms",
-            "",
-            "| step | median ms | × plain loop | × floor | first step s | steps |",
-            "| --- | ---: | ---: | ---: | ---: | ---: |",
-        ]
-        for label, row in r["rows"].items():
-            if "skipped" in row:
-                lines.append(f"| {label} | {row['skipped']} | | | | |")
-            else:
-                lines.append(
-                    f"| {label} | {row['median'] * 1e3:.1f} | {row.get('speedup', float('nan')):.2f} | "
-                    f"{row['floors']:.2f} | {row['first']:.2f} | "
-                    f"{len(row['times'])} |"
-                )
-        lines.append("")
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -455,7 +413,8 @@ def main() -> None:
         help="one thread, processor time: what a busy machine can measure",
     )
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, help="folder for JSON and Markdown")
+    parser.add_argument("--out", type=Path, help="folder for the JSON")
+    parser.add_argument("--add", action="store_true", help="keep the sets that are there already")
     args = parser.parse_args()
     if args.cpu_time:
         global CLOCK
@@ -467,20 +426,23 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown sets {sorted(unknown)}; known: {', '.join(SETS)}")
     work = measure_bytes if args.bytes else measure
-    results = [work(name, args) for name in args.sets]
-    text = markdown(results)
-    print(text)
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        record = {
-            "kind": "optim_step",
-            "environment": environment(),
-            "clock": "processor time" if args.cpu_time else "wall",
-            "results": results,
-        }
-        stem = f"optim_{'bytes' if args.bytes else 'step'}-{args.device}-{args.dtype}"
-        (args.out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-        (args.out / f"{stem}.md").write_text(text)
+    stem = f"optim_{'bytes' if args.bytes else 'step'}-{args.device}-{args.dtype}"
+    path = args.out / f"{stem}.json" if args.out else None
+    before = earlier(path, environment()) if path and args.add else {}
+    results = {r["set"]: r for r in before.get("results", ())}
+    for name in args.sets:
+        results[name] = work(name, args)
+        show = bytes_section if args.bytes else step_section
+        print(show({"results": [results[name]]}), end="\n\n")
+        if path:  # after every set: an interrupted run keeps what it measured
+            path.parent.mkdir(parents=True, exist_ok=True)
+            record = {
+                "kind": "optim_bytes" if args.bytes else "optim_step",
+                "environment": environment(),
+                "clock": "processor time" if args.cpu_time else "wall",
+                "results": list(results.values()),
+            }
+            path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

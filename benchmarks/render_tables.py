@@ -255,6 +255,24 @@ def step_section(result: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def bytes_section(result: dict[str, Any]) -> str:
+    parts = []
+    for r in result["results"]:
+        lines = [
+            f"**{r['set']}**: {r['entries'] / 1e6:.1f} M entries, copy {r['copy_rate'] / 1e9:.1f} GB/s.",
+            "",
+            "| part | passes | floor ms | median ms | × floor |",
+            "| --- | ---: | ---: | ---: | ---: |",
+        ]
+        for label, row in r["bytes"].items():
+            lines.append(
+                f"| {label} | {row['passes']} | {row['floor'] * 1e3:.1f} "
+                f"| {row['median'] * 1e3:.1f} | {row['floors']:.2f} |"
+            )
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
 def members_section(result: dict[str, Any]) -> str:
     s = result["settings"]
     lines = [
@@ -281,6 +299,7 @@ SECTIONS = {
     "gated_rescaling": rescaling_section,
     "gating": gating_section,
     "optim_step": step_section,
+    "optim_bytes": bytes_section,
     "train_lm": members_section,
 }
 
@@ -289,6 +308,7 @@ SCRIPTS = {
     "gated_rescaling": "examples/gated_rescaling.py",
     "gating": "benchmarks/gating.py",
     "optim_step": "benchmarks/optim_step.py",
+    "optim_bytes": "benchmarks/optim_step.py --bytes",
     "train_lm": "examples/train_lm.py --compare all",
     "": "benchmarks/model_zoo.py",
 }
