@@ -67,19 +67,38 @@ def device_key(device: torch.device) -> str:
     return f"{p.name}-{arch}-{p.multi_processor_count}"
 
 
-def path(device: torch.device) -> Path:
+def path(device: torch.device, what: str = "plans") -> Path:
     key = f"{device_key(device)}|triton {_triton_version()}|kernels {_kernel_version()}"
-    return directory() / f"plans-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    return directory() / f"{what}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def header(device: torch.device) -> dict[str, str]:
+    """What a file is about, for people: its name is a hash of this."""
+    return {
+        "device": device_key(device),
+        "triton": _triton_version(),
+        "kernels": _kernel_version(),
+    }
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A cache file; ``{}`` if it is missing, damaged or not one of ours."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        return data if isinstance(data, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def entries_of(data: dict[str, Any], what: str) -> dict[str, dict[str, Any]]:
+    """The entries of a kind in a file's contents, as far as they are whole."""
+    found = data.get(what)
+    found = found if isinstance(found, dict) else {}
+    return {k: v for k, v in found.items() if isinstance(v, dict)}
 
 
 def _read(file: Path) -> dict[str, dict[str, Any]]:
-    """Entries of a cache file; nothing if it is missing, damaged or not one of ours."""
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        entries = data["plans"]
-        return {str(k): dict(v) for k, v in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+    return entries_of(read_json(file), "plans")
 
 
 def load(device: torch.device) -> dict[str, dict[str, Any]]:
@@ -111,11 +130,15 @@ def store(device: torch.device, entries: dict[str, dict[str, Any]]) -> Path | No
     file = path(device)
     with _lock:
         _loaded.setdefault(file, _read(file)).update(entries)
+    return replace(file, lambda: {**header(device), "plans": {**_read(file), **entries}})
+
+
+def replace(file: Path, contents: Callable[[], dict[str, Any]]) -> Path | None:
+    """Write a file in one step, its contents made while other writers wait; ``None`` if that fails."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with _file_lock(file):
-            merged = {**_read(file), **entries}
-            text = json.dumps({"device": device_key(device), "plans": merged}, indent=1)
+            text = json.dumps(contents(), indent=1)
             handle, name = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
             try:
                 with os.fdopen(handle, "w", encoding="utf-8") as out:
@@ -131,11 +154,11 @@ def store(device: torch.device, entries: dict[str, dict[str, Any]]) -> Path | No
 
 
 def clear() -> int:
-    """Forget and delete all tuned plans; returns the number of files removed."""
+    """Forget and delete all tuned plans and recorded failures; returns the number of files removed."""
     removed = 0
     with _lock:
         _loaded.clear()
-    for file in directory().glob("plans-*.json"):
+    for file in (*directory().glob("plans-*.json"), *directory().glob("failures-*.json")):
         with contextlib.suppress(OSError):
             file.unlink()
             removed += 1

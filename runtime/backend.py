@@ -22,6 +22,7 @@ from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext
 
+from ..passes import ir
 from ..passes.autocast import ambient, disabled
 from ..passes.capture import capture_fx, finish, mark_dynamo_leaves
 from ..passes.errors import NormfuseError, Unsupported
@@ -30,7 +31,7 @@ from ..passes.presets import resolve
 from ..passes.report import Report
 from ..passes.subgraphs import dissolve, emit_dynamo, outline
 from ..passes.weights import WeightCache, mark_recompute, split
-from . import autotune_cache, lower_checks
+from . import autotune_cache, kernel_failures, lower_checks
 from .lower import expand
 from .lower_kernels import lower_to_kernels, summary
 from .options import Options, parse
@@ -160,6 +161,7 @@ class Program:
             if self.spare is None or settings.strict:
                 raise
             _warn_once(error, "normfuse's kernels did not compile, their formulas run instead")
+            _remember(self.gm, _where(inputs), error)
             return self.spare()._compile(inputs, settings)
 
     def _compile(self, inputs: Sequence[Any], settings: Options) -> Callable:
@@ -188,6 +190,16 @@ class Program:
         if cache is None:
             return compiled
         return _with_folded(compiled, cache)
+
+
+def _remember(gm: fx.GraphModule, device: torch.device, error: Exception) -> None:
+    """Keep for ``normfuse doctor`` which kernels a graph that did not compile has."""
+    ours = [n for n in gm.graph.nodes if getattr(n.target, "namespace", "") == lower_checks.NAMESPACE]
+    kernels = sorted({n.target._schema.name.split("::")[1] for n in ours})
+    types = sorted({str(ir.dtype(n.args[0])).removeprefix("torch.") for n in ours})
+    reason = f"{type(error).__name__}: {error}"
+    where = f"{', '.join(types)}; in a compiled graph"
+    kernel_failures.record(device, ", ".join(kernels), where, reason)
 
 
 def _with_folded(compiled: Callable, cache: WeightCache) -> Callable:

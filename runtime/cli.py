@@ -169,7 +169,7 @@ def doctor(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
     clear: Annotated[
-        bool, typer.Option("--clear", help="First forget the tuned kernel plans on disk.")
+        bool, typer.Option("--clear", help="First forget tuned kernel plans and failures.")
     ] = False,
 ) -> None:
     """What is installed, and what normfuse will use of it. Exit code 1 if something is wrong."""

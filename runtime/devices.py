@@ -129,10 +129,14 @@ def norm_linear(
     k: int,
     itemsize: int,
     layers: Sequence[Layer],
+    x_itemsize: int | None = None,
     *,
     deferred: bool = False,
 ) -> Decision:
     """One-product norm + linear for all readers of a norm, against what Inductor does.
+
+    ``itemsize`` is that of the weights, ``x_itemsize`` that of the rows where it is another: Inductor
+    then writes the rows once more in any case, ours reads the wider (or narrower) ones.
 
     That is a norm (or, ``deferred``, a row statistic), library products, and a kernel behind each
     that has something left to do: a row scale, an activation. Inductor's own templates, under
@@ -141,12 +145,16 @@ def norm_linear(
     peak = device.flops if itemsize == 2 else device.flops32
     stream = device.bandwidth * _STREAM_EFFICIENCY
     ours = 0.0
-    theirs = device.launch + m * k * itemsize * (1 if deferred else 2) / stream
+    x_itemsize = x_itemsize or itemsize
+    written = 0 if deferred and x_itemsize == itemsize else itemsize
+    theirs = device.launch + m * k * (x_itemsize + written) / stream
     for layer in layers:
         wide = layer.n * (2 if layer.dual else 1)
         flops = 2.0 * m * wide * k
-        read = (m * k + wide * k) * itemsize
-        ours += max((read + m * layer.n * itemsize) / stream, flops / (peak * _PRODUCT_EFFICIENCY))
+        weights = wide * k * itemsize
+        read, our_read = m * k * itemsize + weights, m * k * x_itemsize + weights
+        moved = our_read + m * layer.n * itemsize
+        ours += max(moved / stream, flops / (peak * _PRODUCT_EFFICIENCY))
         plan = plans.gemm(m, layer.n, k, itemsize, device.processors, dual=layer.dual)
         ours += device.launch * (2 if plan.splits > 1 else 1)
         theirs += max((read + m * wide * itemsize) / stream, flops / (peak * 0.95)) + device.launch

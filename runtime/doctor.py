@@ -64,6 +64,7 @@ def examine(try_it: bool = False) -> Diagnosis:
     plans = autotune_cache.describe()
     state = f"{plans['plans']} plans in {plans['files']} files"
     add(Finding("tuned kernels", state, True if plans["plans"] else None, plans["directory"]))
+    d.findings.extend(_failed_kernels())
     add(_torch())
     triton = version("triton")
     cuda = torch.cuda.is_available()
@@ -91,6 +92,40 @@ def examine(try_it: bool = False) -> Diagnosis:
     if try_it:
         add(_trial())
     return d
+
+
+def _failed_kernels() -> list[Finding]:
+    """What could not be compiled or launched, in whichever process."""
+    import torch
+
+    from . import autotune_cache, kernel_failures
+
+    found = kernel_failures.known()
+    if not found:
+        return [Finding("failed kernels", "none on record")]
+    out = [
+        Finding(
+            "failed kernels",
+            f"{len(found)} on record",
+            None,
+            "their formulas run instead; `normfuse doctor --clear` forgets them",
+        )
+    ]
+    now = autotune_cache.header(torch.device("cpu"))
+    for entry in found:
+        older = any(entry[k] != now[k] for k in ("triton", "kernels"))
+        where = f"{entry['device']}, triton {entry['triton']}"
+        times = "once" if entry["times"] == "1" else f"{entry['times']} times"
+        seen = f"{times}, last {entry['last']}{', by another version' if older else ''}"
+        out.append(
+            Finding(
+                f"  {entry['kernel']}",
+                entry["reason"],
+                None,
+                "; ".join(t for t in (where, entry["configuration"], seen) if t),
+            )
+        )
+    return out
 
 
 def _torch() -> Finding:

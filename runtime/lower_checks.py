@@ -18,6 +18,8 @@ nf = torch.ops.normfuse
 
 #: Where kernels run (ROCm calls itself this too).
 DEVICE = "cuda"
+#: Of the kernel ops.
+NAMESPACE = "normfuse_kernels"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 #: Which statistics a norm takes, as the kernels call it.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from ..passes.errors import Refuse
 from ..passes.linear import Linear, match_linear
 from . import devices
 from .lower_checks import (
+    DTYPES,
     KINDS,
     Lowering,
     ask,
@@ -65,11 +66,13 @@ class Statistic:
 class Product:
     """One linear layer, its un-normalized input reshaped as the layer takes it.
 
-    ``shape`` are the sizes the normed tensor was viewed as before this layer (``None``: as it is).
+    ``shape`` are the sizes the normed tensor was viewed as before this layer (``None``: as it is),
+    ``rounded`` the dtypes it went through, its own first.
     """
 
     layer: Linear
     shape: list[Any] | None = None
+    rounded: tuple[torch.dtype, ...] = ()
 
     @property
     def node(self) -> fx.Node:
@@ -144,7 +147,8 @@ def _behind_norm(norm: fx.Node, nk: Any, model: Any, policy: str) -> list[tuple[
     last_dim(args, x)
     float32_statistic(args, x)
     casts(args)
-    products = list(_readers(result, result, None))
+    rounded = tuple(d for d in (args.norm_dtype, args.out_dtype) if d is not None)
+    products = list(_readers(result, result, Path(None, rounded)))
     for product in products:
         _check(product, x.dtype)
     jobs = _jobs(products)
@@ -181,17 +185,26 @@ def _feeds_linear(node: fx.Node) -> bool:
     return False
 
 
-def _readers(norm: fx.Node, at: fx.Node, shape: list[Any] | None) -> Iterator[Product]:
+@dataclass(frozen=True)
+class Path:
+    """What became of a normed tensor on the way to a layer: see :class:`Product`."""
+
+    shape: list[Any] | None
+    rounded: tuple[torch.dtype, ...]
+
+
+def _readers(norm: fx.Node, at: fx.Node, path: Path) -> Iterator[Product]:
     """The linear layers behind views and casts of ``at``."""
+    path = replace(path, rounded=(*path.rounded, ir.dtype(at)))
     for user in at.users:
         layer = match_linear(user)
         if layer is not None and layer.input is at and at not in (layer.weight, layer.bias):
-            yield Product(layer, shape)
+            yield Product(layer, path.shape, path.rounded)
         elif _passes_through(user):
-            yield from _readers(norm, user, shape)
+            yield from _readers(norm, user, path)
         elif ir.is_call(user, *_VIEWS) and ir.same_dim(ir.shape(user)[-1], ir.shape(norm)[-1]):
             sizes = user.args[1] if not ir.is_call(user, aten.flatten) else list(ir.shape(user))
-            yield from _readers(norm, user, list(sizes))
+            yield from _readers(norm, user, replace(path, shape=list(sizes)))
         else:
             raise Refuse(f"{ir.describe(user)} needs the normed tensor too")
 
@@ -201,11 +214,31 @@ def _check(product: Product, dtype: torch.dtype) -> None:
     if layer.layout not in ("linear", "addmm", "mm", "matmul") or layer.stacked:
         raise Refuse(f"a reader is a {layer.layout}, which no kernel computes")
     w = tensor(layer.weight, "the weight")
-    if w.dim() != 2 or w.dtype != dtype:
-        raise Refuse(f"the input is {dtype}, the weight {w.dtype} of shape {tuple(w.shape)}")
+    if w.dim() != 2:
+        raise Refuse(f"the weight has shape {tuple(w.shape)}, not two dims")
     vector(layer.bias, "the bias", layer.out_features)
-    if ir.dtype(layer.node) != dtype:
-        raise Refuse(f"the result is {ir.dtype(layer.node)}, not {dtype} like the input")
+    if ir.dtype(layer.node) != w.dtype:
+        raise Refuse(f"the result is {ir.dtype(layer.node)}, the weight {w.dtype}")
+    _check_rounding(dtype, product.rounded, w.dtype)
+
+
+def _check_rounding(x: torch.dtype, way: Sequence[torch.dtype], weight: torch.dtype) -> None:
+    """The kernel rounds a row once, to the weights' dtype and before it is scaled, where eager rounds
+    the scaled row: the same up to that rounding. Anything coarser on the way it would leave out."""
+    if not _combines(x, weight):
+        why = "may overflow when they are rounded before they are scaled"
+        if weight != torch.float16:
+            why = "are not multiplied exactly by every device"
+        raise Refuse(f"rows of {x} before a {weight} layer {why}")
+    coarse = [d for d in way if torch.finfo(d).eps > torch.finfo(weight).eps]
+    if coarse:
+        raise Refuse(f"the normed tensor is rounded to {coarse[0]} before a {weight} layer")
+
+
+def _combines(x: torch.dtype, weight: torch.dtype) -> bool:
+    from .triton_ops.products import combines
+
+    return combines(x, weight)
 
 
 # --- a scale that was moved behind its product already ---------------------------------------------
@@ -214,7 +247,7 @@ def _check(product: Product, dtype: torch.dtype) -> None:
 def _deferred(node: fx.Node, nk: Any, model: Any, policy: str) -> list[tuple[str, str]]:
     args = ir.NormArgs(node)
     x = tensor(args.x, "the input")
-    own = _own_statistic(args)
+    own, source = _own_statistic(args)
     if own is None and policy != "always":
         raise Refuse("its scale is not the statistic of its own input: a library product is kept")
     statistic = Statistic(scale=args.scale) if own is None else Statistic("rms", own)
@@ -234,9 +267,9 @@ def _deferred(node: fx.Node, nk: Any, model: Any, policy: str) -> list[tuple[str
     jobs = _jobs(products)
     for job in jobs:
         same_layout(job.last)
-    reason = _pays(jobs, x, policy, model, deferred=True)
+    reason = _pays(jobs, ir.val(source), policy, model, deferred=True)
     for job in jobs:
-        _commit(job, nk, args.x, statistic)
+        _commit(job, nk, source, statistic)
     return [("scaled_linear" if own is None else "norm_linear", reason)] * len(jobs)
 
 
@@ -252,17 +285,22 @@ def _check_scaled(args: Any, x: torch.Tensor, result: torch.Tensor) -> None:
         raise Refuse("the scale is not one number per row")
 
 
-def _own_statistic(args: Any) -> float | None:
-    """The eps, if the scale is the row statistic of the very tensor that is multiplied."""
-    scale = args.scale
+def _own_statistic(args: Any) -> tuple[float | None, fx.Node]:
+    """The eps, if the scale is the row statistic of the very tensor that is multiplied, or of what
+    was cast to it; and that tensor."""
+    scale, x = args.scale, args.x
     if not ir.is_call(scale, nf.row_rstd):
-        return None
+        return None, x
     stat = ir.NormArgs(scale)
-    if stat.x is not args.x or list(stat.dims) != [-1]:
-        return None
-    if (stat.stat_dtype or ir.dtype(stat.x)) != torch.float32:
-        return None
-    return stat.eps
+    if list(stat.dims) != [-1] or (stat.stat_dtype or ir.dtype(stat.x)) != torch.float32:
+        return None, x
+    if stat.x is x:
+        return stat.eps, x
+    if ir.is_call(x, *_CASTS) and x.args[0] is stat.x and isinstance(stat.x, fx.Node):
+        known = ir.dtype(stat.x) in DTYPES and _combines(ir.dtype(stat.x), ir.dtype(x))
+        if known:
+            return stat.eps, stat.x
+    return None, x
 
 
 # --- activations and gated pairs -------------------------------------------------------------------
@@ -363,7 +401,7 @@ def _separate_pair(a: Product, b: Product) -> Job | None:
     alike = ir.same_shape(ir.shape(la.node), ir.shape(lb.node)) and la.in_dim == lb.in_dim
     if not alike or (la.bias is None) != (lb.bias is None) or a.shape != b.shape:
         return None
-    if ir.dtype(la.node) != ir.dtype(lb.node):
+    if ir.dtype(la.node) != ir.dtype(lb.node) or ir.dtype(la.weight) != ir.dtype(lb.weight):
         return None
     for gate, up in ((a, b), (b, a)):
         found = _gating(gate.node, up.node)
@@ -399,10 +437,9 @@ def _pays(jobs: list[Job], x: torch.Tensor, policy: str, model: Any, *, deferred
     k = cost.hint(x.shape[-1])
     m = cost.hint(x.numel()) // max(k, 1)
     layers = [job.layer_cost() for job in jobs]
-    size = x.element_size()
-    return ask(
-        policy, model, lambda d: devices.norm_linear(d, m, k, size, layers, deferred=deferred)
-    )
+    size = max(ir.dtype(job.product.layer.weight).itemsize for job in jobs)
+    sizes = (size, layers, x.element_size())
+    return ask(policy, model, lambda d: devices.norm_linear(d, m, k, *sizes, deferred=deferred))
 
 
 def _operands(

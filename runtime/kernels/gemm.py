@@ -66,7 +66,8 @@ def product(
     """``x wᵀ`` (and ``x w2ᵀ`` if ``DUAL``) over ``[k_begin, k_end)``, with ``Σx`` and ``Σx²``.
 
     ``m``, ``n`` are int64 row numbers. Returns ``(acc, acc2, Σx, Σx²)`` in float32; what was not asked
-    for is zero (``STATS``: 0 none, 1 ``Σx²``, 2 and 3 both).
+    for is zero (``STATS``: 0 none, 1 ``Σx²``, 2 and 3 both). Where ``x`` has another dtype it is
+    multiplied in that of the weights; the sums are of ``x`` as it comes.
     """
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -76,10 +77,11 @@ def product(
         k = start + tl.arange(0, BLOCK_K)
         a = load_tile(x, m, k, x_stride, x_stride_k, m_mask, k_end, EVEN_K, False)
         b = load_tile(w, n, k, w_stride, w_stride_k, n_mask, k_end, EVEN_K, True)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        low = a.to(b.dtype)
+        acc = tl.dot(low, b, acc, input_precision=PRECISION)
         if DUAL:
             b2 = load_tile(w2, n, k, w_stride, w_stride_k, n_mask, k_end, EVEN_K, True)
-            acc2 = tl.dot(a, b2, acc2, input_precision=PRECISION)
+            acc2 = tl.dot(low, b2, acc2, input_precision=PRECISION)
         if STATS >= 1:
             f = a.to(tl.float32)
             s2 += tl.sum(f * f, axis=1)
@@ -123,8 +125,8 @@ def centered_product(
         f = tl.where(k[None, :] < K, a.to(tl.float32) - mean[:, None], 0.0)
         s1 += tl.sum(f, axis=1)
         s2 += tl.sum(f * f, axis=1)
-        a = f.to(a.dtype)
         b = load_tile(w, n, k, w_stride, w_stride_k, n_mask, K, EVEN_K, True)
+        a = f.to(b.dtype)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         if DUAL:
             b2 = load_tile(w2, n, k, w_stride, w_stride_k, n_mask, K, EVEN_K, True)

@@ -101,26 +101,40 @@ def gemm(
     processors: int,
     *,
     dual: bool = False,
+    mixed: bool = False,
 ) -> GemmPlan:
-    """Plan of ``[m, k] × [n, k]ᵀ``: decode (≤ 64 rows), medium (≤ 512), large; symbolic is medium."""
+    """Plan of ``[m, k] × [n, k]ᵀ``: decode (≤ 64 rows), medium (≤ 512), large; symbolic is medium.
+
+    Chosen so that no target spills registers, LayerNorm's second product included. ``mixed``: rows
+    come wider than ``itemsize`` and are rounded in registers.
+    """
     wide = itemsize > 2
     if _static(m) and m <= 64:
         block_m = 16 if m <= 16 else 32 if m <= 32 else 64
         block_n = 32 if block_m == 64 and dual else 64
-        # float32 multiplies without tensor cores: a taller tile has no registers left for a deep one
-        block_k = 128 if not wide else 64 if block_m < 64 else 32
+        # a taller tile has no registers left for a deep one, least of all without tensor cores
+        if block_m < 64:
+            block_k, warps, stages = (64 if wide else 128), 4, 3
+        elif wide:
+            block_k, warps, stages = 32, (8 if dual else 4), 3
+        else:
+            block_k, warps, stages = 64, 4, 5
         splits = 1
         if _static(n) and _static(k):
             tiles = cdiv(n, block_n) * cdiv(m, block_m)
             splits = max(min(2 * processors // max(tiles, 1), k // (4 * block_k), 16), 1)
-        return GemmPlan("decode", block_m, block_n, block_k, 4, 3, splits, 1)
+        return GemmPlan("decode", block_m, block_n, block_k, warps, stages, splits, 1)
     if dual:
         return (
-            GemmPlan("medium", 64, 64, 32, 4, 3) if wide else GemmPlan("medium", 64, 128, 64, 8, 3)
+            GemmPlan("medium", 64, 64, 32, 8, 3) if wide else GemmPlan("medium", 64, 128, 64, 8, 3)
         )
     if not _static(m) or m <= 512:
+        if wide:
+            return GemmPlan("medium", 64, 64, 32, 4, 3)
         return (
-            GemmPlan("medium", 64, 64, 32, 4, 3) if wide else GemmPlan("medium", 64, 128, 64, 4, 4)
+            GemmPlan("medium", 64, 128, 64, 8, 3)
+            if mixed
+            else GemmPlan("medium", 64, 128, 64, 4, 4)
         )
     return GemmPlan("large", 64, 128, 32, 8, 3) if wide else GemmPlan("large", 128, 128, 64, 8, 3)
 

@@ -83,6 +83,7 @@ class Case:
     num_warps: int
     num_stages: int = 3
     is_product: bool = False
+    x_dtype: str = ""  # of the rows, where it is another
 
     @property
     def name(self) -> str:
@@ -166,17 +167,29 @@ def cases(dtype: str) -> Iterator[Case]:
          "BLOCK_R": p.block_r, "BLOCK_C": 128},
         4,
     )  # fmt: skip
-    for regime, m, dual, statistic in (
-        ("decode", 8, False, 1),
-        ("decode", 64, False, 1),
-        ("decode GLU", 8, True, 1),
-        ("medium", 256, False, 1),
-        ("medium LayerNorm", 256, False, 2),
-        ("large", 4096, False, 1),
-        ("large scaled", 4096, False, 0),
-        ("large GLU", 4096, True, 1),
+    for regime, m, dual, statistic, rows in (
+        ("decode", 8, False, 1, ""),
+        ("decode", 64, False, 1, ""),
+        ("decode LayerNorm", 64, False, 2, ""),
+        ("decode GLU", 8, True, 1, ""),
+        ("decode GLU LayerNorm", 64, True, 2, ""),
+        ("medium", 256, False, 1, ""),
+        ("medium LayerNorm", 256, False, 2, ""),
+        ("large", 4096, False, 1, ""),
+        ("large LayerNorm", 4096, False, 2, ""),
+        ("large scaled", 4096, False, 0, ""),
+        ("large GLU", 4096, True, 1, ""),
+        ("large GLU LayerNorm", 4096, True, 2, ""),
+        ("decode, float32 rows", 8, False, 1, "fp32"),
+        ("decode LayerNorm, float32 rows", 64, False, 2, "fp32"),
+        ("decode GLU LayerNorm, float32 rows", 64, True, 2, "fp32"),
+        ("medium LayerNorm, float32 rows", 256, False, 2, "fp32"),
+        ("large LayerNorm, float32 rows", 4096, False, 2, "fp32"),
+        ("large GLU LayerNorm, float32 rows", 4096, True, 2, "fp32"),
     ):
-        p = plans.gemm(m, 4096, 4096, size, 132, dual=dual)
+        if rows and dtype != "bf16":
+            continue
+        p = plans.gemm(m, 4096, 4096, size, 132, dual=dual, mixed=bool(rows))
         yield Case(
             linear.norm_linear_kernel,
             f"{regime} {p.block_m}×{p.block_n}×{p.block_k}",
@@ -187,6 +200,7 @@ def cases(dtype: str) -> Iterator[Case]:
             p.num_warps,
             p.num_stages,
             True,
+            rows,
         )  # fmt: skip
     p = plans.gemm(8, 1024, 8192, size, 132)
     yield Case(
@@ -284,6 +298,8 @@ def build(case: Case, target: str) -> Any:
             signature[name] = "fp32"
         elif name in _FLOAT32 or (name in ("dgain", "dbias", "ddown", "dup")):
             signature[name] = "*fp32"
+        elif name == "x" and case.x_dtype:
+            signature[name] = f"*{case.x_dtype}"
         else:
             signature[name] = f"*{case.dtype}"
     divisible = {

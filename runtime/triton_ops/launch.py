@@ -20,7 +20,9 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.library import triton_op, wrap_triton
 from triton.runtime.jit import JITFunction
 
-NAMESPACE = "normfuse_kernels"
+from .. import kernel_failures
+from ..lower_checks import NAMESPACE
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Statistics of a row, as the kernels number them (0: the scale is given).
 KINDS = {"rms": 1, "layer": 2, "crms": 3}
@@ -91,7 +93,8 @@ def launch(kernel: Any, grid: tuple, on: Tensor, **arguments: Any) -> None:
         return
     # what is compiled depends on dtypes and on compile-time arguments; those are in capitals
     options = [(k, v) for k, v in arguments.items() if (k.isupper() and len(k) > 1) or "num_" in k]
-    key = (kernel.__name__, on.device, on.dtype, *options)
+    dtypes = [v.dtype for v in arguments.values() if isinstance(v, Tensor)]
+    key = (kernel.__name__, on.device, *dtypes, *options)
     if key in _failed:
         raise KernelFailed(_failed[key])
     try:
@@ -102,6 +105,9 @@ def launch(kernel: Any, grid: tuple, on: Tensor, **arguments: Any) -> None:
     except Exception as error:
         text = f"{kernel.__name__} on {on.device}: {type(error).__name__}: {error}"
         _failed[key] = text.splitlines()[0]
+        types = ", ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in dtypes))
+        settings = ", ".join(f"{k}={v}" for k, v in options)
+        kernel_failures.record(on.device, kernel.__name__, f"{types}; {settings}", str(error))
         raise KernelFailed(_failed[key]) from error
 
 

@@ -28,8 +28,26 @@ ACTIVATIONS = {
 }
 _CODES = {name: i for i, name in enumerate(ACTIVATIONS)}
 
-#: Bound on mean²/variance beyond which a LayerNorm tile is computed again, centered first.
+#: Bound on mean²/variance beyond which a LayerNorm tile is computed again, centered first, by the
+#: dtype of the product.
 CENTER_LIMIT = {torch.float32: 1.0, torch.bfloat16: 64.0, torch.float16: 16.0}
+#: The same where rows are rounded for the product with their mean still in them.
+CENTER_LIMIT_ROUNDED = 0.5
+
+
+def combines(x: torch.dtype, weight: torch.dtype) -> bool:
+    """Whether rows of one dtype can be multiplied with weights of another before they are scaled.
+
+    Rounding a row and scaling it commute up to the rounding itself, unless the row leaves the range:
+    float16 holds normalized rows, but not any row. Narrow rows before float32 weights would be exact,
+    but Triton 3.7 multiplies them in TF32 on sm_100.
+    """
+    return x == weight or weight == torch.bfloat16
+
+
+def center_limit(x: torch.dtype, weight: torch.dtype) -> float:
+    rounded = torch.finfo(x).eps < torch.finfo(weight).eps
+    return CENTER_LIMIT_ROUNDED if rounded else CENTER_LIMIT[weight]
 
 
 def _product(
@@ -51,8 +69,10 @@ def _product(
     if act not in ACTIVATIONS:
         raise ValueError(f"no activation is called {act!r}; known: {', '.join(ACTIVATIONS)}")
     for w in (weight, up):
-        if w is not None and w.dtype != x.dtype:
+        if w is not None and not (combines(x.dtype, w.dtype) and w.dtype in run.DTYPES):
             raise ValueError(f"input is {x.dtype} but weight is {w.dtype}")
+        if w is not None and w.dtype != weight.dtype:
+            raise ValueError(f"the pair's weights are {weight.dtype} and {w.dtype}")
     n, k = weight.shape[0], x.shape[-1]
     dual = up is not None
     if up is not None:
@@ -66,7 +86,7 @@ def _product(
         # the kernels step along K in 32 bits
         weight, up = weight.contiguous(), run.contiguous(up)
     m = math.prod(x.shape[:-1])
-    out = x.new_empty((*x.shape[:-1], n), dtype=out_dtype or x.dtype)
+    out = x.new_empty((*x.shape[:-1], n), dtype=out_dtype or weight.dtype)
     stats = x.new_empty((min(code, 2), m), dtype=torch.float32)
     if run.empty(out):
         return out, stats
@@ -77,8 +97,9 @@ def _product(
         up_colsum = None if up is None else _column_sums(up, up_colsum)
     x2 = rows_of(x)
     scale = None if scale is None else scale.reshape(-1).contiguous()
-    sizes = (m, n, k, x.element_size(), devices.processors(x.device))
-    plan = tuned("gemm", plans.gemm, x, *sizes, dual=dual)
+    sizes = (m, n, k, weight.element_size(), devices.processors(x.device))
+    options = {"dual": dual, "mixed": True} if x.dtype != weight.dtype else {"dual": dual}
+    plan = tuned("gemm", plans.gemm, x, *sizes, **options)
     tiles = plans.cdiv(m, plan.block_m) * plans.cdiv(n, plan.block_n)
     operands = {
         "x": x2,
@@ -95,7 +116,7 @@ def _product(
     }
     tiling = {
         "EVEN_K": plans.divides(plan.block_k, k),
-        "PRECISION": run.precision(x.dtype),
+        "PRECISION": run.precision(weight.dtype),
         "BLOCK_M": plan.block_m,
         "BLOCK_N": plan.block_n,
         "BLOCK_K": plan.block_k,
@@ -111,7 +132,7 @@ def _product(
         "out": out,
         "stats": stats if code else None,
         "EPS": eps,
-        "LIMIT": CENTER_LIMIT[x.dtype],
+        "LIMIT": center_limit(x.dtype, weight.dtype),
         "HAS_BIAS": bias is not None,
         "ACT": _CODES[act],
     }
@@ -178,11 +199,11 @@ def _plain_norm_linear(
     act: str,
     out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    h = normalize(x, None, None, eps, kind, torch.float32, x.dtype)
+    h = normalize(x, None, None, eps, kind, torch.float32, weight.dtype)
     y = ACTIVATIONS[act](F.linear(h, weight, bias))
     if up is not None:
         y = y * F.linear(h, up, up_bias)
-    return y.to(out_dtype or x.dtype).contiguous(), statistics(x, eps, kind)
+    return y.to(out_dtype or weight.dtype).contiguous(), statistics(x, eps, kind)
 
 
 @run.op(_plain_norm_linear)
@@ -203,7 +224,8 @@ def norm_linear(
 
     With ``up`` (same shape as ``weight``) a gated pair: ``act(norm(x) weightᵀ + bias)·(norm(x) upᵀ +
     up_bias)``. ``colsum`` and ``up_colsum`` are the weights' sums over K in float32, which LayerNorm
-    needs; they are computed here where they are not given.
+    needs; they are computed here where they are not given. ``x`` may have another dtype than the
+    weights (see :func:`combines`): it is multiplied in theirs, as a cast behind the norm would have it.
     """
     code = run.check_kind(kind)
     pair = (up, up_bias, up_colsum)
@@ -242,6 +264,8 @@ def scaled_linear(
     out_dtype: torch.dtype | None,
 ) -> Tensor:
     """``act((x weightᵀ)·scale + bias)``, a gated pair with ``up``; ``scale``: one number per row."""
+    if x.dtype != weight.dtype:
+        raise ValueError(f"input is {x.dtype} but weight is {weight.dtype}")
     if scale.dtype not in run.DTYPES or scale.dim() != x.dim() or scale.shape[:-1] != x.shape[:-1]:
         raise ValueError("scale must hold one floating-point number per row of the input")
     pair = (up, up_bias, None)
@@ -278,19 +302,19 @@ def _backward_norm_linear(ctx: Any, dy: Tensor, _: Any) -> tuple:
     h = x2.float()
     if ctx.kind == "layer":
         h = h - stats[1, :, None]
-    h = (h * stats[0, :, None]).to(x.dtype)
+    h = (h * stats[0, :, None]).to(weight.dtype)
 
     def product(w: Tensor, b: Tensor | None) -> Tensor:
         z = (h @ w.t()).float()
         return z if b is None else z + b.float()
 
     dz, dz_up = _pair_gradients(product, dy, weight, bias, up, up_bias, ctx.act)
-    low = dz.to(x.dtype)
+    low = dz.to(weight.dtype)
     dh = (low @ weight).float()
     dweight, dbias = low.t() @ h, None if bias is None else dz.sum(0).to(bias.dtype)
     dup = dup_bias = None
     if dz_up is not None:
-        low = dz_up.to(x.dtype)
+        low = dz_up.to(weight.dtype)
         dh, dup = dh + (low @ up).float(), low.t() @ h
         dup_bias = None if up_bias is None else dz_up.sum(0).to(up_bias.dtype)
     dx = gradient(x2, dh, stats, ctx.kind)[0].to(x.dtype).reshape(x.shape)

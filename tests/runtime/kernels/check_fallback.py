@@ -10,6 +10,7 @@ import interpreter
 import pytest
 import torch
 from interpreter import triton_ops
+from normfuse.runtime import autotune_cache, kernel_failures
 from normfuse.runtime.triton_ops import gated, launch, norms, products
 from triton.runtime.errors import OutOfResources
 
@@ -29,7 +30,8 @@ class Broken:
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch):
+def fresh(monkeypatch, tmp_path):
+    monkeypatch.setenv(autotune_cache.ENV, str(tmp_path))
     monkeypatch.setattr(launch, "_failed", {})
     monkeypatch.setattr(launch, "_warned", set())
     monkeypatch.setattr(launch, "_warn_once", interpreter.plain_warn_once)
@@ -131,6 +133,9 @@ def test_formula_instead_with_one_warning(case, monkeypatch):
     assert len(ours) == len({m.split(" runs ")[0] for m in ours}), ours
     assert all("OutOfResources" in m and names[0].split("_")[0] in m for m in ours), ours
     assert 1 <= len(ours) <= 2
+    kept = kernel_failures.known()
+    assert {e["kernel"] for e in kept} == set(names)
+    assert all(e["reason"].startswith("out of resource") for e in kept), kept
     assert triton_ops.failures() and all("shared memory" in t for t in triton_ops.failures())
     for a, b, c in zip(good, first, second, strict=True):
         assert (a is None) == (b is None)

@@ -38,7 +38,7 @@ def ours(x, w, b=None, up=None, up_bias=None, kind="rms", act="identity", eps=1e
 
 def reference(x, w, b=None, up=None, up_bias=None, kind="rms", act="identity", eps=1e-5):
     """Norm, then linear, then activation, as eager PyTorch rounds them."""
-    native = {"stat_dtype": torch.float32, "norm_dtype": torch.float32, "out_dtype": x.dtype}
+    native = {"stat_dtype": torch.float32, "norm_dtype": torch.float32, "out_dtype": w.dtype}
     native = {} if x.dtype == torch.float64 else native
     h = formula(kind, x, eps=eps, **native)
     y = ACTS[act](F.linear(h, w, b))
@@ -73,7 +73,7 @@ def compare(x, w, b, up=None, up_bias=None, kind="rms", act="identity", gradient
             grads = torch.autograd.grad(y, [t for t in args if t is not None], dy)
         results.append([y, *grads])
     for mine, eager, truth in zip(*results, strict=True):
-        slack = 2e-6 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps / 2
+        slack = 2e-6 if w.dtype == torch.float32 else torch.finfo(w.dtype).eps / 2
         check(mine.detach(), eager.detach(), truth.detach(), slack=slack)
 
 
@@ -96,6 +96,40 @@ def test_any_shape(m, n, k, dtype, kind, bias, act, scale):
     x, w, b = make(m, n, k, dtype, scale=scale)
     # at 1e-6 gradients with respect to x are 1e2 and more of everything else: values only
     compare(x, w, b if bias else None, kind=kind, act=act, gradients=scale == 1.0)
+
+
+MIXED = [(a, b) for a in DTYPES for b in DTYPES if a != b and products.combines(a, b)]
+
+
+@pytest.mark.parametrize("dtypes", MIXED, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mean", [0.0, 0.6, 3.0, 100.0])
+def test_rows_of_another_dtype_than_the_weights(dtypes, kind, mean):
+    """Multiplied in the weights' dtype, as a cast behind the norm would have it; rows far from zero
+    are centered before they are rounded."""
+    x = make(9, 40, 150, dtypes[0], mean=mean)[0]
+    _, w, b, up, up_bias = pair(9, 40, 150, dtypes[1])
+    if mean > 30 and dtypes[0] == torch.bfloat16:
+        x[:, ::2] += 8
+    compare(x, w, b, kind=kind, gradients=mean < 1)
+    compare(x, w, b, up, up_bias, kind=kind, act="silu", gradients=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_another_dtype_where_k_is_split(kind):
+    x, w, b = make(3, 70, 2100, torch.float32, mean=2.0)
+    compare(x, w.bfloat16(), b.bfloat16(), kind=kind, gradients=False)
+
+
+def test_float16_weights_take_no_other_rows():
+    """Rows are rounded before they are scaled: float16 would overflow."""
+    assert not any(products.combines(t, torch.float16) for t in (torch.float32, torch.bfloat16))
+    x, w, _ = make(3, 8, 20, torch.float32, scale=1e6)
+    y, _ = ours(x, w.bfloat16())
+    truth = reference(x.double(), w.double())
+    torch.testing.assert_close(y.double(), truth, rtol=2e-2, atol=2e-2)
+    with pytest.raises(ValueError, match=r"weight is torch.float16"):
+        ours(x, w.half())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -280,6 +314,12 @@ def test_refuses():
         ours(x, w, None, w[:5])
     with pytest.raises(ValueError, match="both layers"):
         ours(x, w, b, w)
+    with pytest.raises(ValueError, match="the pair's weights are"):
+        ours(x, w, None, w.bfloat16())
+    with pytest.raises(ValueError, match="weight is"):
+        triton_ops.scaled_linear(
+            x, w.bfloat16(), torch.ones(2, 1), None, None, None, "identity", None
+        )
     with pytest.raises(ValueError, match="column sums"):
         triton_ops.norm_linear(
             x, w, b, w.sum(1).half(), None, None, None, 1e-5, "layer", "identity", None

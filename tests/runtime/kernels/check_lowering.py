@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import interpreter  # noqa: F401
+import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
@@ -232,9 +232,72 @@ def test_residual_add_and_statistic_in_one_kernel():
         torch.testing.assert_close(ours, truth)
 
 
+class Mixed(nn.Module):
+    """A float32 norm before bfloat16 layers: what autocast makes of any block."""
+
+    def __init__(self, norm, bias=True):
+        super().__init__()
+        self.norm = norm(D, eps=1e-5, elementwise_affine=False)
+        self.gate, self.up = nn.Linear(D, H, bias=bias), nn.Linear(D, H, bias=bias)
+        self.out = nn.Linear(D, H, bias=bias)
+        self.bfloat16()
+
+    def forward(self, x):
+        h = self.norm(x).bfloat16()
+        return F.silu(self.gate(h)) * self.up(h) + self.out(h)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("how", ["canonical", "exact", "autocast"])
+def test_float32_norm_before_bfloat16_layers(norm, how):
+    torch.manual_seed(0)
+    model, x = Mixed(norm, bias=how != "autocast"), torch.randn(2, 3, D) + 0.3
+    truth = copy.deepcopy(model).double()
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        if how == "autocast":
+            model.float()
+        gm, kernels = lowered(model, x, preset="canonical" if how == "autocast" else how)
+        # merged to one layer first, where the preset does that
+        assert kernels == ["norm_linear"] * (1 if how == "exact" else 2)
+        product = next(n for n in gm.graph.nodes if "norm_linear" in str(n.target))
+        assert ir.dtype(product.args[0]) == torch.float32
+        assert ir.dtype(product.args[1]) == torch.bfloat16
+        eager = model(x)
+    y = gm(x)
+    assert y.dtype == eager.dtype == torch.bfloat16
+
+    def exact(x):
+        f = F.layer_norm if norm is nn.LayerNorm else F.rms_norm
+        h = f(x.double(), (D,), eps=1e-5)
+        return F.silu(truth.gate(h)) * truth.up(h) + truth.out(h)
+
+    interpreter.check(y, eager, exact(x), slack=2**-8)
+
+
+def test_bfloat16_rows_before_a_float32_layer_are_declined():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(D, H)
+
+        def forward(self, x):
+            return self.layer(torch.ops.normfuse.layer_norm(x, [-1], stat_dtype=torch.float32))
+
+    gm = passes.capture(Model(), (torch.randn(4, D).bfloat16(),), dynamic=False)
+    done = lower_to_kernels(gm, "cpu", policy="always")
+    assert any("are not multiplied exactly" in e.reason for e in done), done
+    assert not any(e.kernel == "norm_linear" for e in done)
+
+
 REFUSED = {
     "needs the normed tensor too": lambda h, w: (F.linear(h, w), h * 2),
     "rounds to torch.float64": lambda h, w: F.linear(h.double(), w.double()),
+    "rows of torch.float32 before a torch.float16 layer may overflow": lambda h, w: F.linear(
+        h.half(), w.half()
+    ),
+    "rounded to torch.bfloat16 before a torch.float32 layer": lambda h, w: F.linear(
+        h.bfloat16().float(), w
+    ),
 }
 
 

@@ -9,14 +9,22 @@ import torch
 
 pytest.importorskip("triton")
 
-from normfuse.runtime import backend, devices, lower_checks, lower_kernels
+from normfuse.runtime import (
+    autotune_cache,
+    backend,
+    devices,
+    kernel_failures,
+    lower_checks,
+    lower_kernels,
+)
 from torch import nn
 
 OPTIONS = {"kernels": True, "policy": "always"}
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch):
+def fresh(monkeypatch, tmp_path):
+    monkeypatch.setenv(autotune_cache.ENV, str(tmp_path))
     monkeypatch.setattr(lower_checks, "DEVICE", "cpu")
     monkeypatch.setattr(backend, "_warned", set())
     torch._dynamo.reset()
@@ -57,6 +65,10 @@ def test_the_formulas_run_instead(training):
     assert len(ours) == 1 and "kernels did not compile" in ours[0], ours
     (report,) = backend.reports()
     assert any(n.startswith("kernel norm") for n in report.notes), report.notes
+    # what `normfuse doctor` will say
+    (kept,) = kernel_failures.known()
+    assert "norm" in kept["kernel"] and "compiled graph" in kept["configuration"]
+    assert "driver" in kept["reason"]
     # the exact passes still count: only the kernels are gone
     assert report.applied or training
 

@@ -63,6 +63,19 @@ def test_model_takes_small_and_declines_large(device):
     assert devices.norm_linear(device, 8, 4096, 2, [wide]).kernel_seconds > 0
 
 
+def test_rows_wider_than_the_weights_are_read_as_they_are():
+    h100 = devices.by_name("NVIDIA H100")
+    few = [devices.norm_linear(h100, 8, 4096, 2, [devices.Layer(16384)], size) for size in (2, 4)]
+    assert few[0].kernel_seconds < few[1].kernel_seconds
+    assert few[0].inductor_seconds < few[1].inductor_seconds
+    # a cast is written beside the statistic, which spares nothing
+    one, two = (
+        devices.norm_linear(h100, 8, 4096, 2, [devices.Layer(16384)], 4, deferred=d)
+        for d in (False, True)
+    )
+    assert two.inductor_seconds >= one.inductor_seconds
+
+
 def test_a_second_kernel_counts():
     """Split K costs one more launch, which a product without anything behind it does not earn."""
     h100 = devices.by_name("NVIDIA H100")
