@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .buckets import Bucket, Slot, make_slots
-from .newton_schulz import workspace
 from .pipeline import COMPILED, Pipeline
+from .products import workspace
 
 #: Scratch memory of one bucket's step before it is cut into several.
 MAX_BUCKET_BYTES = 2 * 2**30

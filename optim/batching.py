@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
+from . import kernel_products
 from . import newton_schulz as ns
 from .coefficients import Schedule, Triple
 
@@ -48,7 +49,8 @@ def batched_newton_schulz(
     work = xs[0].dtype if dtype is None else dtype
     rows, cols = xs[0].shape
     device = xs[0].device.type
-    plan = ns.make_plan(rows, cols, schedule, work, device)
+    kernels = kernel_products.choose(len(xs), rows, cols, work, xs[0].device)
+    plan = ns.make_plan(rows, cols, schedule, work, device, kernels=kernels)
     if plan.blocked:
         return [_one(x, schedule, work) for x in xs]
     turned = [x.shape != xs[0].shape for x in xs]

@@ -1,11 +1,11 @@
-"""The Newton–Schulz iteration on a batch of normalized matrices: forms, products, cost model.
+"""The Newton–Schulz iteration on a batch of normalized matrices: forms and cost model.
 
 Two forms of the same polynomial. *Direct* works on the matrix: per step one Gram matrix, one square
 and one application, ``4m²n + 2m³`` FLOPs for m×n with m ≤ n. *Gram* works on the m×m Gram matrix and
 applies the accumulated polynomial once, ``4m²n`` per segment plus up to ``8m³`` per step; where a
 segment ends (a *restart*) the matrix is formed and its Gram matrix taken anew, because the
 accumulated factor loses the small singular values to rounding. Every product but the application is
-symmetric; in the blocked form only its lower block triangle is computed, and mirrored.
+symmetric; ``products.py`` has the ways to compute them.
 
 Shapes below: ``x`` is ``[B, r, c]``, its Gram matrix lives on the shorter side, ``[B, m, m]``; a tall
 matrix is never transposed, it is multiplied from the right instead.
@@ -13,12 +13,9 @@ matrix is never transposed, it is multiplied from the right instead.
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations, pairwise
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +23,8 @@ import torch
 from torch import Tensor
 
 from .coefficients import Schedule
+from .kernel_products import KernelProducts
+from .products import Blocked, Whole
 
 METHODS = ("auto", "direct", "gram")
 
@@ -94,12 +93,16 @@ def choose_restarts(schedule: Schedule, dtype: torch.dtype) -> tuple[int, ...] |
 
 @dataclass(frozen=True)
 class Plan:
-    """How a batch is orthogonalized, and why: ``flops`` is the count the choice was made on."""
+    """How a batch is orthogonalized, and why: ``flops`` is the count the choice was made on.
+
+    ``blocks`` cuts symmetric products on CPUs; ``kernels`` says which products are ours on GPUs.
+    """
 
     method: str
     restarts: tuple[int, ...]
     blocks: int
     flops: float
+    kernels: KernelProducts | None = None
 
     @property
     def blocked(self) -> bool:
@@ -138,6 +141,7 @@ def make_plan(
     device: str,
     method: str = "auto",
     restarts: tuple[int, ...] | None = None,
+    kernels: KernelProducts | None = None,
 ) -> Plan:
     """Choose direct or Gram form and the blocking by FLOPs; ``method`` other than auto is obeyed.
 
@@ -148,14 +152,14 @@ def make_plan(
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     m = min(rows, cols)
-    # Only the CPU path computes half of a symmetric product; bmm computes all of it.
+    # Blocks (on CPUs) and kernels compute half of a symmetric product; bmm computes all of it.
     blocks = 1
-    if device == "cpu" and m >= BLOCKED_FROM:
+    if device == "cpu" and m >= BLOCKED_FROM and kernels is None:
         blocks = max(2, min(_MAX_BLOCKS, round(m / _BLOCK)))
-    share = (blocks + 1) / (2 * blocks)
+    share = (blocks + 1) / (2 * blocks) if kernels is None else kernels.share
     direct = flops(rows, cols, schedule, None, share)
     if method == "direct" or not schedule:
-        return Plan("direct", (), blocks, direct)
+        return Plan("direct", (), blocks, direct, kernels)
     if restarts is not None:
         if any(not 0 < i < len(schedule) for i in restarts):
             raise ValueError(
@@ -171,134 +175,22 @@ def make_plan(
                 f"the Gram form is not accurate in {dtype} for these coefficients: no choice of up "
                 "to three restarts keeps it stable; use method='direct', another set, or ns_dtype"
             )
-        return Plan("direct", (), blocks, direct)
+        return Plan("direct", (), blocks, direct, kernels)
     gram = flops(rows, cols, schedule, chosen, share)
     if method == "gram" or gram < 0.95 * direct:
-        return Plan("gram", chosen, blocks, gram)
-    return Plan("direct", (), blocks, direct)
+        return Plan("gram", chosen, blocks, gram, kernels)
+    return Plan("direct", (), blocks, direct, kernels)
 
 
-# -- products -------------------------------------------------------------------------------------
-# Each writes into ``out``, which overlaps no operand. The epilogue (``beta·base``) is part of the
-# product: rounding once per product instead of three times is worth a factor 2-7 in half precision.
-
-
-_LOCAL = threading.local()
-
-
-@contextlib.contextmanager
-def workspace() -> Iterator[None]:
-    """Within it, scratch on CPUs is kept from call to call (and freed at the end).
-
-    Fresh memory costs a page fault every 4 KiB: up to a tenth of a step on large matrices.
-    """
-    if getattr(_LOCAL, "buffers", None) is not None:
-        yield
-        return
-    _LOCAL.buffers = {}
-    try:
-        yield
-    finally:
-        _LOCAL.buffers = None
-
-
-def scratch(name: str, shape: Sequence[int], like: Tensor) -> Tensor:
-    """Uninitialized tensor; the same memory for the same name and shape within a workspace."""
-    buffers = getattr(_LOCAL, "buffers", None)
-    if buffers is None or like.device.type != "cpu":
-        return like.new_empty(shape)
-    found = buffers.get(name)
-    if found is None or found.shape != torch.Size(shape) or found.dtype != like.dtype:
-        found = buffers[name] = like.new_empty(shape)
-    return found
-
-
-class _Whole:
-    """Products of a batch ``[B, …]`` as single ``bmm``/``baddbmm`` calls."""
-
-    @staticmethod
-    def gram(x: Tensor, tall: bool, out: Tensor) -> Tensor:
-        return torch.bmm(x.mT, x, out=out) if tall else torch.bmm(x, x.mT, out=out)
-
-    @staticmethod
-    def symmetric(
-        s: Tensor, t: Tensor, base: Tensor, beta: float, alpha: float, out: Tensor
-    ) -> Tensor:
-        """``beta·base + alpha·s·t`` for commuting symmetric operands."""
-        return torch.baddbmm(base, s, t, beta=beta, alpha=alpha, out=out)
-
-    @staticmethod
-    def apply(x: Tensor, b: Tensor, a: float, tall: bool, out: Tensor) -> Tensor:
-        """``a·x + b·x`` (wide) or ``a·x + x·b`` (tall)."""
-        left, right = (x, b) if tall else (b, x)
-        if a == 0.0:
-            return torch.bmm(left, right, out=out)
-        return torch.baddbmm(x, left, right, beta=a, out=out)
-
-    @staticmethod
-    def diagonal(m: Tensor) -> Tensor:
-        return m.diagonal(dim1=-2, dim2=-1)
-
-
-def block_edges(side: int, blocks: int) -> list[int]:
-    """``blocks + 1`` edges from 0 to ``side``, all but the last at multiples of 32 where they fit."""
-    size = -(-side // blocks)
-    size += -size % 32
-    if size * (blocks - 1) >= side:
-        return [round(side * i / blocks) for i in range(blocks + 1)]
-    return [size * i for i in range(blocks)] + [side]
-
-
-class _Blocked:
-    """The same for one matrix; symmetric products compute block rows up to the diagonal."""
-
-    def __init__(self, side: int, blocks: int) -> None:
-        self.rows = list(pairwise(block_edges(side, blocks)))
-
-    def _mirror(self, out: Tensor) -> Tensor:
-        for low, high in self.rows[1:]:
-            out[:low, low:high].copy_(out[low:high, :low].mT)
-        return out
-
-    def gram(self, x: Tensor, tall: bool, out: Tensor) -> Tensor:
-        left, right = (x.mT, x) if tall else (x, x.mT)
-        for low, high in self.rows:
-            torch.mm(left[low:high], right[:, :high], out=out[low:high, :high])
-        return self._mirror(out)
-
-    def symmetric(
-        self, s: Tensor, t: Tensor, base: Tensor, beta: float, alpha: float, out: Tensor
-    ) -> Tensor:
-        for low, high in self.rows:
-            torch.addmm(
-                base[low:high, :high],
-                s[low:high],
-                t[:, :high],
-                beta=beta,
-                alpha=alpha,
-                out=out[low:high, :high],
-            )
-        return self._mirror(out)
-
-    @staticmethod
-    def apply(x: Tensor, b: Tensor, a: float, tall: bool, out: Tensor) -> Tensor:
-        left, right = (x, b) if tall else (b, x)
-        if a == 0.0:
-            return torch.mm(left, right, out=out)
-        return torch.addmm(x, left, right, beta=a, out=out)
-
-    @staticmethod
-    def diagonal(m: Tensor) -> Tensor:
-        return m.diagonal()
-
-
-def _direct(x: Tensor, schedule: Schedule, ops: Any, first: Tensor | None, out: Tensor) -> Tensor:
+def _direct(
+    x: Tensor, schedule: Schedule, ops: Any, first: Tensor | None, out: Tensor | None
+) -> Tensor:
     """Direct form; ``x`` is scratch (overwritten), ``first`` its Gram matrix if already known."""
     tall = x.shape[-2] > x.shape[-1]
     side = min(x.shape[-2:])
     square = (*x.shape[:-2], side, side)
-    a_buf = scratch("a", square, x) if first is None else first
-    b_buf, other = scratch("b", square, x), scratch("other", x.shape, x)
+    a_buf = ops.room("a", square, x) if first is None else first
+    b_buf, other = ops.room("b", square, x), ops.room("other", x.shape, x)
     for i, (a, b, c) in enumerate(schedule):
         gram = a_buf if i == 0 and first is not None else ops.gram(x, tall, a_buf)
         if c:
@@ -316,36 +208,32 @@ def _gram(
     restarts: tuple[int, ...],
     ops: Any,
     first: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
 ) -> Tensor:
     """Gram form: ``q`` accumulates the polynomial, ``r`` the Gram matrix it would produce."""
     tall = x.shape[-2] > x.shape[-1]
     side = min(x.shape[-2:])
     square = (*x.shape[:-2], side, side)
-    r = ops.gram(x, tall, scratch("r", square, x)) if first is None else first
-    z, q, spare = (scratch(name, square, x) for name in ("z", "q", "spare"))
+    r = ops.gram(x, tall, ops.room("r", square, x)) if first is None else first
+    z, q, spare = (ops.room(name, square, x) for name in ("z", "q", "spare"))
     other: Tensor | None = None
     have_q = False
     for i, (a, b, c) in enumerate(schedule):
         if i in restarts:
-            other = scratch("other", x.shape, x) if other is None else other
+            other = ops.room("other", x.shape, x) if other is None else other
             x, other = ops.apply(x, q, 0.0, tall, other), x
-            ops.gram(x, tall, r)
+            r = ops.gram(x, tall, r)
             have_q = False
-        if c:
-            ops.symmetric(r, r, r, b, c, z)
-        else:
-            torch.mul(r, b, out=z)
+        z = ops.symmetric(r, r, r, b, c, z) if c else torch.mul(r, b, out=z)
         if have_q:
             q, spare = ops.symmetric(q, z, q, a, 1.0, spare), q
         else:
-            q.copy_(z)
-            ops.diagonal(q).add_(a)
+            q = ops.plus_identity(z, a, q)
             have_q = True
         if i + 1 < len(schedule) and i + 1 not in restarts:
             # (a + Z)²·R = a·(a·R + Z·R) + Z·(a·R + Z·R)
-            ops.symmetric(r, z, r, a, 1.0, spare)
-            ops.symmetric(z, spare, spare, a, 1.0, r)
+            spare = ops.symmetric(r, z, r, a, 1.0, spare)
+            r = ops.symmetric(z, spare, spare, a, 1.0, r)
     return ops.apply(x, q, 0.0, tall, out)
 
 
@@ -372,18 +260,20 @@ def iterate(
     if not schedule:
         return x if out is None else out.copy_(x)
 
-    out = torch.empty_like(x) if out is None else out
-
-    def run(part: Tensor, ops: Any, first: Tensor | None, into: Tensor) -> Tensor:
+    def run(part: Tensor, ops: Any, first: Tensor | None, into: Tensor | None) -> Tensor:
         if plan.method == "gram":
             return _gram(part, schedule, plan.restarts, ops, first, into)
         return _direct(part, schedule, ops, first, into)
 
+    if plan.kernels is not None:
+        made = run(x, plan.kernels, first_gram, None)
+        return made if out is None else out.copy_(made)
+    out = torch.empty_like(x) if out is None else out
     if not plan.blocked:
-        return run(x, _Whole, first_gram, out)
+        return run(x, Whole, first_gram, out)
     # One matrix at a time: each product is large enough to fill the cores, and its operands stay
     # in cache; a batched product into a strided block would be computed aside and copied.
-    ops = _Blocked(min(x.shape[-2:]), plan.blocks)
+    ops = Blocked(min(x.shape[-2:]), plan.blocks)
     for i in range(x.shape[0]):
         run(x[i], ops, None if first_gram is None else first_gram[i], out[i])
     return out

@@ -9,15 +9,17 @@ recompilation when a learning rate moves, and nothing that depends on how many p
 from __future__ import annotations
 
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from .newton_schulz import scratch
+from . import kernel_products
+from .products import scratch
 from .stages import Batch, Scale, Stage, StateSpec
 
 #: Elementwise work on large matrices on CPUs is done this many entries a thread at a time, so that
@@ -299,13 +301,32 @@ def run(pipeline: Pipeline, t: Tensors, masked: bool) -> tuple[Tensor, Tensor | 
     return update.to(t.grad.dtype), decay
 
 
+def _compiled(step: Callable[..., Any], flat: list[Tensor]) -> tuple[fx.GraphModule, Any]:
+    """The traced graph and what calls it; without our kernels in it if it does not compile with them."""
+    from torch._inductor.compile_fx import compile_fx
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graph = make_fx(step, tracing_mode="fake")(*flat)
+    try:
+        return graph, compile_fx(graph, flat)
+    except Exception as error:
+        if not kernel_products.are_in(graph) or kernel_products.policy() == "never":
+            raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        warnings.warn(
+            "normfuse's kernels did not compile inside an optimizer step, which calls its "
+            f"orthogonalization as one operator instead: {reason}",
+            stacklevel=2,
+        )
+    with kernel_products.kernels("never"):
+        graph = make_fx(step, tracing_mode="fake")(*flat)
+        return graph, compile_fx(graph, flat)
+
+
 class CompiledStep:
     """``run`` for one signature, traced and compiled; call it with the same ``Tensors`` layout."""
 
     def __init__(self, pipeline: Pipeline, example: Tensors, masked: bool) -> None:
-        from torch._inductor.compile_fx import compile_fx
-        from torch.fx.experimental.proxy_tensor import make_fx
-
         began = time.perf_counter()
         flat, self.layout = example.flatten()
         layout = self.layout
@@ -316,8 +337,7 @@ class CompiledStep:
             return (update,) if decay is None else (update, decay)
 
         with torch.no_grad():
-            self.graph = make_fx(traced, tracing_mode="fake")(*flat)
-            self._call: Any = compile_fx(self.graph, flat)
+            self.graph, self._call = _compiled(traced, flat)
         self.seconds = time.perf_counter() - began
 
     def __call__(self, t: Tensors) -> tuple[Tensor, Tensor | None]:
@@ -337,7 +357,7 @@ class CompileCache:
     def get(self, pipeline: Pipeline, t: Tensors, masked: bool) -> CompiledStep:
         flat, layout = t.flatten()
         meta = tuple((x.shape, x.stride(), x.dtype, x.device) for x in flat)
-        key = (pipeline, layout, meta, masked)
+        key = (pipeline, layout, meta, masked, kernel_products.policy())
         found = self._entries.get(key)
         if found is None:
             self.misses += 1

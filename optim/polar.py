@@ -25,8 +25,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import kernel_products
 from . import newton_schulz as ns
 from .coefficients import CoefficientSpec, Schedule, input_scale, resolve
+from .products import scratch
 
 NORMALIZATIONS = ("frobenius", "schatten", "aol")
 NON_FINITE = ("skip", "raise")
@@ -127,7 +129,12 @@ def _inverse_norms(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return inverse, finite
 
 
-def _normalize(x: Tensor, s: Settings, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def _normalize(
+    x: Tensor,
+    s: Settings,
+    dtype: torch.dtype,
+    kernels: kernel_products.KernelProducts | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Normalized copy of ``x`` in ``dtype``, and its Gram matrix if the normalization formed it."""
     inverse, finite = _inverse_norms(x, s.eps)
     scale = input_scale(s.schedule, dtype)
@@ -135,18 +142,21 @@ def _normalize(x: Tensor, s: Settings, dtype: torch.dtype) -> tuple[Tensor, Tens
     plain = s.normalization == "frobenius"
     factor = (inverse * scale if plain else inverse).to(accumulate)
     if x.dtype == accumulate == dtype:
-        y = torch.mul(x, factor, out=ns.scratch("y", x.shape, x))
+        y = torch.mul(x, factor, out=scratch("y", x.shape, x))
     else:
         y = x.to(accumulate) * factor
     # NaN·0 is NaN, so masked matrices are selected away, not multiplied.
-    if x.device.type != "cpu" or not bool(finite.all()):
+    if kernels is not None or x.device.type != "cpu" or not bool(finite.all()):
         y = torch.where(finite, y, 0.0)
     y = y.to(dtype)
     if plain:
         return y, None
     # Tighter bounds on the spectral norm from the Gram matrix that step one needs anyway.
     tall = y.shape[-2] > y.shape[-1]
-    gram = torch.bmm(y.mT, y) if tall else torch.bmm(y, y.mT)
+    if kernels is not None:
+        gram = kernels.gram(y, tall, None)
+    else:
+        gram = torch.bmm(y.mT, y) if tall else torch.bmm(y, y.mT)
     g = gram.to(accumulate)
     if s.normalization == "schatten":
         quad = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True)
@@ -158,28 +168,54 @@ def _normalize(x: Tensor, s: Settings, dtype: torch.dtype) -> tuple[Tensor, Tens
     return y, (g * inv * inv.mT).to(dtype)
 
 
+def _scratch_each(x: Tensor, dtype: torch.dtype) -> int:
+    """Bytes of scratch an iteration takes for each matrix of ``x``."""
+    rows, cols = x.shape[-2:]
+    side = min(rows, cols)
+    return (3 * side * side + 3 * rows * cols) * dtype.itemsize
+
+
+def _slice(x: Tensor, dtype: torch.dtype) -> int:
+    """How many matrices one batched call takes on a GPU."""
+    return max(1, min(x.shape[0], MAX_SCRATCH_BYTES // _scratch_each(x, dtype)))
+
+
+def _kernels(x: Tensor, s: Settings) -> kernel_products.KernelProducts | None:
+    """Which products of ``x`` go through our kernels."""
+    if x.numel() == 0:
+        return None
+    dtype = s.working_dtype(x)
+    rows, cols = x.shape[-2:]
+    return kernel_products.choose(_slice(x, dtype), rows, cols, dtype, x.device)
+
+
 def orthogonalize_batch(x: Tensor, s: Settings) -> Tensor:
     """``[B, r, c]`` to the same shape and dtype, every matrix on its own; ``x`` is only read."""
     if x.numel() == 0:
         return x.clone()
     dtype = s.working_dtype(x)
     rows, cols = x.shape[-2:]
-    plan = ns.make_plan(rows, cols, s.schedule, dtype, x.device.type, s.method, s.restarts)
-    side = min(rows, cols)
-    each = (3 * side * side + 3 * rows * cols) * dtype.itemsize
+    kernels = _kernels(x, s)
+    plan = ns.make_plan(rows, cols, s.schedule, dtype, x.device.type, s.method, s.restarts, kernels)
     if plan.blocked:  # works matrix by matrix: normalizing them one by one keeps them in cache
         size = 1
     elif x.device.type == "cpu":  # a batched product splits a batch over the threads
         threads = torch.get_num_threads()
-        size = max(1, CPU_SCRATCH_BYTES // (each * threads)) * threads
+        size = max(1, CPU_SCRATCH_BYTES // (_scratch_each(x, dtype) * threads)) * threads
     else:
-        size = max(1, MAX_SCRATCH_BYTES // each)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        size = _slice(x, dtype)
     if s.non_finite == "raise":
         _, finite = _inverse_norms(x, s.eps)
         if not bool(finite.all()):
             bad = (~finite).flatten().nonzero().flatten().tolist()
             raise ValueError(f"matrices {bad} of the batch hold NaN or Inf")
+    if kernels is not None:
+        done = []
+        for part in x.split(size):
+            y, gram = _normalize(part, s, dtype, kernels)
+            done.append(ns.iterate(y, s.schedule, plan, gram).to(x.dtype))
+        return (done[0] if len(done) == 1 else torch.cat(done)).contiguous()
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     for low in range(0, x.shape[0], size):
         y, gram = _normalize(x[low : low + size], s, dtype)
         part = out[low : low + size]
@@ -234,7 +270,13 @@ def _(x, coefficients, method, normalization, eps, dtype, restarts):  # type: ig
 
 
 def apply_settings(x: Tensor, s: Settings) -> Tensor:
-    """:func:`orthogonalize_batch` through the operator (traceable; ``non_finite`` as skip)."""
+    """:func:`orthogonalize_batch` as a traced step holds it, with ``non_finite`` as skip.
+
+    One operator; where our kernels multiply, the iteration itself, so that a compiler sees their
+    launches between the elementwise work around them.
+    """
+    if _kernels(x, s) is not None:
+        return orthogonalize_batch(x, s._replace(non_finite="skip"))
     return orthogonalize_op(
         x,
         flatten_schedule(s.schedule),

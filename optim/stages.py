@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import polar
-from .newton_schulz import scratch
+from .products import scratch
 from .quantile import abs_quantile
 
 

@@ -19,17 +19,19 @@ from . import launch as run
 from .launch import launch
 
 
-def runs(x: Tensor) -> bool:
-    """Whether kernels can multiply ``x``; the ops compute their formula where not."""
-    if x.dtype not in run.DTYPES:
+def runs(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether kernels can multiply there; the ops compute their formula where not."""
+    if dtype not in run.DTYPES:
         return False
-    if x.is_cuda:
-        return devices.unsupported(x.device) is None
-    return not isinstance(kernels.batched_product, JITFunction)  # the interpreter
+    if device.type == "cuda":
+        return devices.unsupported(device) is None
+    return device.type == "cpu" and not isinstance(
+        kernels.batched_product, JITFunction
+    )  # the interpreter
 
 
-def _tf32(x: Tensor) -> bool:
-    return run.precision(x.dtype) == "tf32"
+def is_tf32(dtype: torch.dtype) -> bool:
+    return run.precision(dtype) == "tf32"
 
 
 def _check(x: Tensor, w: Tensor, base: Tensor | None) -> None:
@@ -114,7 +116,15 @@ def _plain(x: Tensor, w: Tensor, base: Tensor | None, alpha: float, beta: float)
     return y if alpha == 1.0 else y * alpha
 
 
-@run.op(_plain)
+def _plain_symmetric(
+    x: Tensor, w: Tensor, base: Tensor | None, alpha: float, beta: float
+) -> Tensor:
+    # Mirrored like the kernel's: rounding makes s·tᵀ unsymmetric, which iterations amplify.
+    low = _plain(x, w, base, alpha, beta).tril()
+    return low + low.tril(-1).mT
+
+
+@run.op(_plain_symmetric)
 def symmetric_product(
     x: Tensor, w: Tensor, base: Tensor | None, alpha: float, beta: float
 ) -> Tensor:
@@ -126,11 +136,11 @@ def symmetric_product(
     _check(x, w, base)
     if x.shape != w.shape:
         raise ValueError(f"x wᵀ of {tuple(x.shape)} and {tuple(w.shape)} is not symmetric")
-    if not runs(x) or run.empty(x):
-        return _plain(x, w, base, alpha, beta)
+    if not runs(x.dtype, x.device) or run.empty(x):
+        return _plain_symmetric(x, w, base, alpha, beta)
     batch, m, _ = x.shape
     sizes = (batch, m, x.element_size(), devices.processors(x.device))
-    plan = tuned("symmetric", plans.symmetric, x, *sizes, tf32=_tf32(x))
+    plan = tuned("symmetric", plans.symmetric, x, *sizes, tf32=is_tf32(x.dtype))
     blocks = (plan.block, plan.block, plan.block_k)
     return _launch(x, w, base, alpha, beta, plan.tiles(m), True, blocks, plan)
 
@@ -142,10 +152,10 @@ def add_product(x: Tensor, w: Tensor, base: Tensor | None, alpha: float, beta: f
     Unlike ``baddbmm`` it reads ``base`` where it adds it, instead of copying it into the result first.
     """
     _check(x, w, base)
-    if not runs(x) or run.empty(x) or run.empty(w):
+    if not runs(x.dtype, x.device) or run.empty(x) or run.empty(w):
         return _plain(x, w, base, alpha, beta)
     m, n = x.shape[1], w.shape[1]
-    plan = tuned("addend", plans.addend, x, m, n, x.element_size(), tf32=_tf32(x))
+    plan = tuned("addend", plans.addend, x, m, n, x.element_size(), tf32=is_tf32(x.dtype))
     tiles = plans.cdiv(m, plan.block_m) * plans.cdiv(n, plan.block_n)
     blocks = (plan.block_m, plan.block_n, plan.block_k)
     return _launch(x, w, base, alpha, beta, tiles, False, blocks, plan)

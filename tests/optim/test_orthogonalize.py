@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from normfuse import optim
 from normfuse.optim import coefficients as co
 from normfuse.optim import newton_schulz as ns
-from normfuse.optim import polar
+from normfuse.optim import polar, products
 
 
 def oracle(g, coefficients="polar_express", steps=5, shrink=None):
@@ -92,10 +92,10 @@ def test_blocked_products(shape, method, name):
 def test_block_edges_cover_every_side():
     for side in range(2, 400):
         for blocks in range(1, min(8, side) + 1):
-            edges = ns.block_edges(side, blocks)
+            edges = products.block_edges(side, blocks)
             assert len(edges) == blocks + 1 and edges[0] == 0 and edges[-1] == side
             assert all(a < b for a, b in itertools.pairwise(edges))
-    assert ns.block_edges(768, 6) == list(range(0, 769, 128))
+    assert products.block_edges(768, 6) == list(range(0, 769, 128))
 
 
 @pytest.mark.parametrize("method", ["direct", "gram"])
@@ -103,12 +103,12 @@ def test_block_edges_cover_every_side():
 def test_results_in_a_workspace_are_their_own(shape, method):
     x, y = matrix(shape, "gaussian").float(), matrix(shape, "gaussian", 1).float()
     want = [optim.orthogonalize(v, 4, method) for v in (x, y)]
-    with ns.workspace():
+    with products.workspace():
         first = optim.orthogonalize(x, 4, method)
-        with ns.workspace():  # an inner one joins the outer
+        with products.workspace():  # an inner one joins the outer
             second = optim.orthogonalize(y, 4, method)
-        assert ns._LOCAL.buffers
-    assert ns._LOCAL.buffers is None
+        assert products._LOCAL.buffers
+    assert products._LOCAL.buffers is None
     assert torch.equal(first, want[0]) and torch.equal(second, want[1])
 
 
