@@ -121,6 +121,13 @@ def zoo_section(result: dict[str, Any]) -> str:
     return f"{zoo_table(result)}\n\n{bullets}"
 
 
+#: What a task of the training runs holds besides text.
+TASKS = {
+    "text": "",
+    "begin": " behind a begin token",
+    "backcopy": " drawn from bigrams with a copying rule",
+}
+
 #: Figures of one training run: heading, key, format.
 RESCALING_COLUMNS = (
     ("loss, bits/byte", "loss", ".3f"),
@@ -130,18 +137,22 @@ RESCALING_COLUMNS = (
     ("top channel's energy", "stream_top_share", ".2f"),
     ("linear input peak/rms", "linear_peak", ".1f"),
     ("first-key mass", "first_key_mass", ".2f"),
+    ("first value/mean", "first_value", ".2f"),
+    ("first token's norm/median", "first_norm", ".1f"),
 )
 
 
 def rescaling_table(seeds: list[dict[str, Any]]) -> str:
-    """Mean ± standard deviation over seeds, one line per kind of model."""
+    """Mean ± standard deviation over seeds, one line per kind of model; columns all of them have."""
+    rows = [row for r in seeds for row in r["rows"].values()]
+    columns = [c for c in RESCALING_COLUMNS if all(c[1] in row for row in rows)]
     lines = [
-        "| model | " + " | ".join(c for c, _, _ in RESCALING_COLUMNS) + " |",
-        "| --- |" + " ---: |" * len(RESCALING_COLUMNS),
+        "| model | " + " | ".join(c for c, _, _ in columns) + " |",
+        "| --- |" + " ---: |" * len(columns),
     ]
     for name in seeds[0]["rows"]:
         cells = []
-        for _, key, spec in RESCALING_COLUMNS:
+        for _, key, spec in columns:
             values = [r["rows"][name][key] for r in seeds]
             spread = f" ± {statistics.stdev(values):{spec.lstrip('+')}}" if len(values) > 1 else ""
             cells.append(format(statistics.fmean(values), spec) + spread)
@@ -149,19 +160,23 @@ def rescaling_table(seeds: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def paired(seeds: list[dict[str, Any]], key: str) -> tuple[float, float]:
-    """Mean and standard deviation over seeds of gated minus plain (same seed, same data)."""
-    d = [r["rows"]["gated"][key] - r["rows"]["plain"][key] for r in seeds]
-    return statistics.fmean(d), statistics.stdev(d) if len(d) > 1 else float("nan")
+def paired(seeds: list[dict[str, Any]], name: str) -> str:
+    """Mean and standard deviation over seeds of ``name`` minus plain (same seed, same data)."""
+    parts = []
+    for label, key in (("loss", "loss"), ("W4A4 loss", "w4a4_lost")):
+        d = [r["rows"][name][key] - r["rows"]["plain"][key] for r in seeds]
+        spread = statistics.stdev(d) if len(d) > 1 else float("nan")
+        parts.append(f"{label} {statistics.fmean(d):+.3f} ± {spread:.3f}")
+    return f"{name[0].upper()}{name[1:]} minus plain, by seed: {', '.join(parts)} bits/byte."
 
 
-def growth(seeds: list[dict[str, Any]]) -> str:
-    """The largest stream channel over the median, at quarters of the training, mean over seeds."""
+def growth(seeds: list[dict[str, Any]], key: str, spec: str) -> str:
+    """A figure at quarters of the training, mean over seeds."""
     out = []
-    for name in ("plain", "gated"):
+    for name in seeds[0]["history"]:
         points = zip(*(r["history"][name] for r in seeds), strict=True)
-        figures = [statistics.fmean(p["stream_max_to_median"] for p in ps) for ps in points]
-        out.append(f"{name} {', '.join(f'{f:.1f}' for f in figures)}")
+        figures = [statistics.fmean(p[key] for p in ps) for ps in points]
+        out.append(f"{name} {', '.join(format(f, spec) for f in figures)}")
     return "; ".join(out)
 
 
@@ -170,19 +185,22 @@ def rescaling_section(result: dict[str, Any]) -> str:
     for title, regime in result["regimes"].items():
         s = result["settings"] | regime["changes"]
         seeds = list(regime["seeds"].values())
-        loss, loss_sd = paired(seeds, "loss")
-        low, low_sd = paired(seeds, "w4a4_lost")
-        late = [r["rows"]["gates added late"] for r in seeds]
+        trained = [name for name in seeds[0]["history"] if name != "plain"]
+        late = [row for r in seeds for row in r["rows"].values() if "loss_at_insertion" in row]
         same = all(r["bit_identical_at_insertion"] for r in late)
+        grown = "Stream max/median at each quarter of the training: "
+        grown += f"{growth(seeds, 'stream_max_to_median', '.1f')}."
+        if s.get("task", "text") != "text":
+            grown += f" First-key mass: {growth(seeds, 'first_key_mass', '.2f')}."
         parts += [
-            f"**{title}**: {len(seeds)} seeds, {s['depth']} blocks of width {s['d']}, "
-            f"{s.get('steps', result['steps'])} steps of {s['batch']}×{s['length']} bytes, "
+            f"**{title}**: {len(seeds)} seeds, {s['depth']} block{'s' * (s['depth'] > 1)} "
+            f"of width {s['d']}, "
+            f"{s.get('steps', result['steps'])} steps of {s['batch']}×{s['length']} bytes"
+            f"{TASKS[s.get('task', 'text')]}, "
             f"learning rate {s['lr']:g}, weight decay {s['decay']:g}.",
             rescaling_table(seeds),
-            f"Gated minus plain, by seed: loss {loss:+.3f} ± {loss_sd:.3f}, "
-            f"W4A4 loss {low:+.3f} ± {low_sd:.3f} bits/byte. Gates inserted into the trained plain "
-            f"model leave its output {'bit for bit as it was' if same else 'CHANGED'}. Stream "
-            f"max/median at each quarter of the training: {growth(seeds)}.",
+            f"{' '.join(paired(seeds, name) for name in trained)} Gates inserted into the trained plain "
+            f"model leave its output {'bit for bit as it was' if same else 'CHANGED'}. {grown}",
         ]
         absorbed = [
             r["rows"]["outliers absorbed"] for r in seeds if "outliers absorbed" in r["rows"]
@@ -194,11 +212,16 @@ def rescaling_section(result: dict[str, Any]) -> str:
             )
     if tried := result.get("search"):
         worst = max(tried, key=lambda r: r["stream_max_to_median"])
-        changed = ", ".join(f"{k} {v:g}" for k, v in worst["changes"].items())
+        changed = ", ".join(
+            f"{k} {v if isinstance(v, str) else format(v, 'g')}"
+            for k, v in worst["changes"].items()
+        )
+        mass = max(r["first_key_mass"] for r in tried)
         parts.append(
             f"{len(tried)} further plain runs looked for settings that grow a sink (`--search`); none "
             f"reached the 20× that counts as one. Closest: {worst['stream_max_to_median']:.1f}× "
-            f"({changed})."
+            f"({changed}). No head of theirs puts more than {100 * mass:.0f} % of its attention on the "
+            "first key."
         )
     return "\n\n".join(parts)
 

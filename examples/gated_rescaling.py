@@ -8,9 +8,13 @@ show the mechanics and prove nothing). It
 2. follows the outlier figures during training with ``normfuse.calibrate``;
 3. measures the loss at full precision and simulated W8A8 and W4A4;
 4. inserts gates into the *trained* plain model, checks that nothing changes, trains only the gates;
-5. does the same with a sink planted in the embedding before training: models of this size grow none
-   by themselves (``--search`` tries larger learning rates, more depth, longer runs and frozen gains),
-   and a cure needs a disease. There the outliers are also absorbed into biases.
+5. does the same with a residual sink planted in the embedding before training: on real text models
+   of this size grow none by themselves (``--search`` tries larger learning rates, more depth, longer
+   runs, frozen gains and a begin token), and a cure needs a disease. There the outliers are also
+   absorbed into biases;
+6. does the same on a task where a sink grows by itself: bigrams with a rare copying rule
+   ("bigram-backcopy"). A head that has nothing to copy for most tokens rests on the first one. Gates
+   behind the attention are trained there as well.
 
 The table is printed whichever way it comes out, with the spread over seeds.
 """
@@ -23,22 +27,32 @@ import math
 import statistics
 import sysconfig
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import normfuse
 import torch
 import torch.nn.functional as F
 from normfuse import passes
-from normfuse.runtime.calibration import SINK_RATIO
+from normfuse.runtime.calibration import SINK_MASS, SINK_RATIO
 from normfuse.runtime.measure import environment as measure_environment
+from normfuse.runtime.probes import ProbeInterpreter, find_probes
 from normfuse.runtime.quantize_sim import quantize_linears
 from torch import nn
 
 SETTINGS = {"d": 128, "depth": 6, "heads": 4, "length": 128, "batch": 8, "lr": 2e-3, "decay": 0.1}
 SMALL = {"d": 64, "depth": 4, "length": 64, "lr": 1e-2, "decay": 0.0}
-#: What differs from SETTINGS: "plant" is the value of one embedding channel, alike for every byte.
-REGIMES: dict[str, dict] = {"default": {}, "planted sink": SMALL | {"plant": 30.0, "steps": 500}}
+BACKCOPY = {"task": "backcopy", "d": 64, "depth": 1, "heads": 1, "length": 64, "batch": 16,
+            "attention_gates": True}  # fmt: skip
+#: What differs from SETTINGS: "plant" is the value of one embedding channel, alike for every byte;
+#: "task" is what the windows hold (text, text behind a begin token, or bigrams with a copying rule).
+REGIMES: dict[str, dict] = {
+    "default": {},
+    "planted sink": SMALL | {"plant": 30.0, "steps": 500},
+    "grown sink": BACKCOPY | {"lr": 3e-3, "decay": 0.0, "steps": 1500},
+}
 PLANTED = 7  # the channel
+BEGIN = 256  # the token at position 0, where a task has one
 #: Plain models trained to see whether a sink grows: changes to SETTINGS.
 SEARCH: list[dict] = [
     SMALL | {"depth": 6, "steps": 300},
@@ -69,11 +83,11 @@ class Block(nn.Module):
 
 
 class ByteLM(nn.Module):
-    def __init__(self, d: int, depth: int, heads: int, length: int) -> None:
+    def __init__(self, d: int, depth: int, heads: int, length: int, vocabulary: int = 256) -> None:
         super().__init__()
-        self.embed, self.place = nn.Embedding(256, d), nn.Embedding(length, d)
+        self.embed, self.place = nn.Embedding(vocabulary, d), nn.Embedding(length, d)
         self.blocks = nn.ModuleList(Block(d, heads) for _ in range(depth))
-        self.norm, self.head = nn.RMSNorm(d, eps=1e-6), nn.Linear(d, 256, bias=False)
+        self.norm, self.head = nn.RMSNorm(d, eps=1e-6), nn.Linear(d, vocabulary, bias=False)
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 scale = (
@@ -100,13 +114,68 @@ def text(limit: int) -> tuple[torch.Tensor, torch.Tensor]:
     return make(train), make(held)
 
 
-def windows(data: torch.Tensor, batch: int, length: int, seed: int, steps: int):
-    """The same windows in the same order for the same seed."""
-    g = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        at = torch.randint(0, len(data) - length - 1, (batch,), generator=g)
-        rows = torch.stack([data[i : i + length + 1] for i in at.tolist()])
-        yield rows[:, :-1], rows[:, 1:]
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
+
+
+class Text:
+    """Windows of a text, behind a begin token if so wanted: inputs and what comes next."""
+
+    vocabulary = 256
+
+    def __init__(self, data: torch.Tensor, begin: bool = False) -> None:
+        self.data, self.begin, self.device = data, begin, data.device
+        self.vocabulary += begin
+
+    def windows(self, batch: int, length: int, seed: int, steps: int) -> Batches:
+        """The same windows in the same order for the same seed."""
+        g = torch.Generator().manual_seed(seed)
+        for _ in range(steps):
+            at = torch.randint(0, len(self.data) - length - 1, (batch,), generator=g)
+            rows = torch.stack([self.data[i : i + length + 1] for i in at.tolist()])
+            if self.begin:
+                rows = F.pad(rows[:, :-1], (1, 0), value=BEGIN)
+            yield rows[:, :-1], rows[:, 1:]
+
+
+class Backcopy(Text):
+    """Bytes drawn from a text's bigrams behind a begin token; after a trigger comes what preceded it.
+
+    The bigram-backcopy task of "Active-dormant attention heads" (Guo et al., 2024). Most tokens need
+    no more than their own embedding; only behind one of the few ``TRIGGERS`` must a model look back.
+    """
+
+    TRIGGERS = b"sif"
+
+    def __init__(self, data: torch.Tensor) -> None:
+        super().__init__(data.cpu(), begin=True)
+        self.device = data.device
+        pairs = self.data[:-1] * 256 + self.data[1:]
+        counts = torch.bincount(pairs, minlength=256 * 256).view(256, 256).double()
+        counts = torch.cat([counts, counts.sum(0, keepdim=True)])  # BEGIN: single frequencies
+        self.cumulative = counts.cumsum(1)
+        self.trigger = torch.zeros(self.vocabulary, dtype=torch.bool)
+        self.trigger[list(self.TRIGGERS)] = True
+
+    def windows(self, batch: int, length: int, seed: int, steps: int) -> Batches:
+        g = torch.Generator().manual_seed(seed)
+        block = 50  # batches drawn together, token by token
+        for start in range(0, steps, block):
+            rows = torch.full((batch * block, length + 1), BEGIN)
+            for t in range(1, length + 1):
+                last = self.cumulative[rows[:, t - 1]]
+                u = torch.rand(len(rows), 1, generator=g, dtype=torch.float64) * last[:, -1:]
+                drawn = torch.searchsorted(last, u, right=True)[:, 0].clamp_max(255)
+                back = rows[:, max(t - 2, 0)]
+                copied = self.trigger[rows[:, t - 1]] & (back != BEGIN)
+                rows[:, t] = torch.where(copied, back, drawn)
+            for part in rows.to(self.device).split(batch)[: steps - start]:
+                yield part[:, :-1], part[:, 1:]
+
+
+def source(data: torch.Tensor, settings: dict) -> Text:
+    """What ``settings`` trains on, made from the text ``data``."""
+    task = settings.get("task", "text")
+    return Backcopy(data) if task == "backcopy" else Text(data, begin=task == "begin")
 
 
 def loss_of(model, x, y):
@@ -128,7 +197,7 @@ def train(model, parameters, data, settings, seed, steps, watch=None) -> float:
     opt = torch.optim.AdamW(groups, lr=settings["lr"], betas=(0.9, 0.95))
     warm = max(1, steps // 20)
     losses = []
-    for i, (x, y) in enumerate(windows(data, settings["batch"], settings["length"], seed, steps)):
+    for i, (x, y) in enumerate(data.windows(settings["batch"], settings["length"], seed, steps)):
         rate = min(1.0, (i + 1) / warm) * (0.1 + 0.45 * (1 + math.cos(math.pi * i / steps)))
         for group in opt.param_groups:
             group["lr"] = settings["lr"] * rate
@@ -143,6 +212,30 @@ def train(model, parameters, data, settings, seed, steps, watch=None) -> float:
     return statistics.fmean(losses[-max(1, steps // 10) :])
 
 
+def captured(model, example):
+    return (
+        model
+        if isinstance(model, torch.fx.GraphModule)
+        else passes.capture(model, (example,), dynamic=False)
+    )
+
+
+def first_norm(model, ids) -> float:
+    """The first token's norm over the median token's, the largest on the residual stream."""
+    gm = captured(model, ids)
+    found = []
+
+    def see(probe, value) -> None:
+        if probe.kind == "stream":
+            norms = value.norm(dim=-1)
+            found.append(float(norms[:, 0].mean() / norms[:, 1:].median()))
+
+    ignore = lambda *_: None  # noqa: E731
+    with torch.no_grad():
+        ProbeInterpreter(gm, find_probes(gm), see, ignore, ignore).run(ids)
+    return max(found)
+
+
 def outliers(model, batches) -> dict[str, float]:
     """The worst figure over the residual stream, the linear inputs and the heads."""
     stats = normfuse.calibrate(model, [x for x, _ in batches], progress=False)
@@ -154,6 +247,10 @@ def outliers(model, batches) -> dict[str, float]:
         "stream_top_share": max(f["top_channel_share"] for f in streams),
         "linear_peak": max(f["row_peak_p99"] for f in linears),
         "first_key_mass": max(f.get("first_mass_max", 0.0) for f in heads),
+        "first_value": min(f.get("first_value_ratio", math.nan) for f in heads),
+        "first_norm": first_norm(model, batches[0][0]),
+        "sinks": len(stats.sinks()),
+        "sink_heads": sum(len(h) for _, h in stats.attention_sinks()),
     }
 
 
@@ -167,23 +264,20 @@ class Watch:
         self.out.append({"step": step} | outliers(self.model, self.batches))
 
 
-def extended(model, example):
-    """The captured model with a gate behind every norm of the residual stream."""
-    gm = passes.capture(model, (example,), dynamic=False)
-    gm, report = passes.PassManager([passes.InsertGatedNorm()], passes.Context(training=True)).run(
-        gm
+def extended(model, example, attention: bool = False):
+    """The captured model with a gate behind every norm of the residual stream, or every attention."""
+    gate = passes.InsertGatedAttention(per="element") if attention else passes.InsertGatedNorm()
+    gm, report = passes.PassManager([gate], passes.Context(training=True)).run(
+        captured(model, example)
     )
-    assert len(report.applied) == 2 * len(model.blocks) + 1, report.refused
+    sites = len(model.blocks) if attention else 2 * len(model.blocks) + 1
+    assert len(report.applied) == sites, report.refused
     return gm
 
 
 def measure(model, example, held) -> dict[str, float]:
     """Loss at full precision and simulated low precision, and the outlier figures."""
-    gm = (
-        model
-        if isinstance(model, torch.fx.GraphModule)
-        else passes.capture(model, (example,), dynamic=False)
-    )
+    gm = captured(model, example)
     row = {"loss": evaluate(gm, held)}
     for name, bits in (("w8a8", 8), ("w4a4", 4)):
         row[name] = evaluate(quantize_linears(gm, bits, bits), held)
@@ -199,14 +293,18 @@ def one_seed(seed: int, settings: dict, steps: int, tune: int, data, held) -> di
 
     def fresh():
         torch.manual_seed(seed)
-        model = ByteLM(settings["d"], settings["depth"], settings["heads"], settings["length"])
+        shape = (settings[k] for k in ("d", "depth", "heads", "length"))
+        model = ByteLM(*shape, data.vocabulary)
         if "plant" in settings:
             with torch.no_grad():
                 model.embed.weight[:, PLANTED] = settings["plant"]
         return model.to(data.device)
 
-    plain, gated = fresh(), extended(fresh(), example)
-    for name, model in (("plain", plain), ("gated", gated)):
+    plain = fresh()
+    models = {"plain": plain, "gated": extended(fresh(), example)}
+    if "attention_gates" in settings:
+        models["gated attention"] = extended(fresh(), example, attention=True)
+    for name, model in models.items():
         history[name] = []
         watch = Watch(model, held[:1], history[name])
         start = time.perf_counter()
@@ -225,18 +323,21 @@ def one_seed(seed: int, settings: dict, steps: int, tune: int, data, held) -> di
         norms = {"norms_absorbed": len(report.applied), "norms": len(report.sites)}
         rows["outliers absorbed"] = measure(gm, example, held) | norms
         print(f"  seed {seed} absorbed at {len(report.applied)} of {len(report.sites)} norms")
-    late = extended(plain, example)
-    with torch.no_grad():
-        same = torch.equal(late(example), plain(example))
-    late.requires_grad_(False)
-    gates = [p.requires_grad_() for p in late.meta["new_parameters"].values()]
-    untouched = evaluate(late, held)
-    print(f"  seed {seed} gates inserted: bit-identical {same}, {untouched:.4f}", flush=True)
-    train(late, gates, data, settings | {"decay": 0.0}, seed + 1000, tune)
-    rows["gates added late"] = measure(late, example, held) | {
-        "bit_identical_at_insertion": same,
-        "loss_at_insertion": untouched,
-    }
+    late_names = ["gates added late", "attention gates added late"]
+    for name in late_names[: len(models) - 1]:
+        late = extended(plain, example, attention=name != late_names[0])
+        with torch.no_grad():
+            same = torch.equal(late(example), plain(example))
+        late.requires_grad_(False)
+        gates = [p.requires_grad_() for p in late.meta["new_parameters"].values()]
+        untouched = evaluate(late, held)
+        print(f"  seed {seed} {name}: bit-identical {same}, {untouched:.4f}", flush=True)
+        train(late, gates, data, settings | {"decay": 0.0}, seed + 1000, tune)
+        rows[name] = measure(late, example, held) | {
+            "bit_identical_at_insertion": same,
+            "loss_at_insertion": untouched,
+        }
+        plain.requires_grad_(True)  # the graphs share their parameters
     return {"rows": rows, "history": history}
 
 
@@ -250,6 +351,10 @@ def table(results: list[dict]) -> str:
         ("top channel energy", "stream_top_share", ".3f"),
         ("linear input peak/rms p99", "linear_peak", ".1f"),
         ("most first-key mass", "first_key_mass", ".2f"),
+        ("first token's norm/median", "first_norm", ".1f"),
+    ]
+    columns = [
+        c for c in columns if all(c[1] in row for r in results for row in r["rows"].values())
     ]
     lines = [
         "| run | " + " | ".join(c for c, _, _ in columns) + " |",
@@ -267,18 +372,25 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def search(data: torch.Tensor, held_out: torch.Tensor, done: list[dict]) -> None:
-    """Train plain models under settings that might grow a sink; append their figures to ``done``."""
+def search(data: torch.Tensor, held_out: torch.Tensor, everything: dict, out: Path | None) -> None:
+    """Train plain models under settings that might grow a sink; append their figures to the result."""
+    done = everything.setdefault("search", [])
     for changes in SEARCH[len(done) :]:
         s = SETTINGS | changes
-        held = list(windows(held_out, 16, s["length"], 1, 2))
+        held = list(source(held_out, s).windows(16, s["length"], 1, 2))
         torch.manual_seed(0)
-        model = ByteLM(s["d"], s["depth"], s["heads"], s["length"]).to(data.device)
+        train_on = source(data, s)
+        shape = (s["d"], s["depth"], s["heads"], s["length"], train_on.vocabulary)
+        model = ByteLM(*shape).to(data.device)
         frozen = s.get("frozen_gains", False)
         parameters = [p for p in model.parameters() if p.dim() > 1 or not frozen]
-        train(model, parameters, data, s, 0, s["steps"])
+        train(model, parameters, train_on, s, 0, s["steps"])
         done.append({"changes": changes, **measure(model, held[0][0], held)})
-        print(f"{changes}: largest channel {done[-1]['stream_max_to_median']:.1f}× the median")
+        figures = (
+            "largest channel {stream_max_to_median:.1f}× the median, {first_key_mass:.2f} on the "
+        )
+        print(f"{changes}: {figures.format(**done[-1])}first key", flush=True)
+        save(out, everything)
 
 
 def load(path: Path | None, settings: dict, steps: int) -> dict:
@@ -324,34 +436,43 @@ def main() -> None:
         settings |= {"d": 32, "depth": 2, "heads": 2, "length": 80, "batch": 4}
         seeds, steps = 1, 20
         REGIMES["planted sink"] = {"plant": 30.0}
+        REGIMES["grown sink"] = {"task": "backcopy", "attention_gates": True}
     device = torch.device(options.device)
     data, held_out = (t.to(device) for t in text(4_000_000))
     everything = load(options.out, settings, steps)
     if options.search:
-        search(data, held_out, everything.setdefault("search", []))
-        save(options.out, everything)
+        search(data, held_out, everything, options.out)
     for title in options.regimes:
         changes = REGIMES[title]
         n = changes.get("steps", steps)
-        length = (settings | changes)["length"]
-        held = list(windows(held_out, 8, length, 12345, 2 if options.quick else 8))
-        print(f"\n{title}: {settings | changes}, {n} steps", flush=True)
+        s = settings | changes
+        train_on = source(data, s)
+        # a task that draws from the text's bigrams is evaluated on other draws from the same ones
+        other = train_on if isinstance(train_on, Backcopy) else source(held_out, s)
+        held = list(other.windows(8, s["length"], 12345, 2 if options.quick else 8))
+        print(f"\n{title}: {s}, {n} steps", flush=True)
         done = everything["regimes"].setdefault(title, {"changes": changes, "seeds": {}})["seeds"]
         for seed in range(seeds):
             if str(seed) not in done:
-                done[str(seed)] = one_seed(seed, settings | changes, n, max(5, n // 4), data, held)
+                done[str(seed)] = one_seed(seed, s, n, max(5, n // 4), train_on, held)
                 save(options.out, everything)
         results = list(done.values())
         print("\n" + table(results))
-        diseased = statistics.fmean(r["rows"]["plain"]["stream_max_to_median"] for r in results)
-        if diseased < SINK_RATIO:
+        channel, mass = (
+            statistics.fmean(r["rows"]["plain"][k] for r in results)
+            for k in ("stream_max_to_median", "first_key_mass")
+        )
+        if channel < SINK_RATIO:
             print(
-                f"\nThe plain models grew no residual sink (largest channel {diseased:.1f}× the median): "
+                f"\nThe plain models grew no residual sink (largest channel {channel:.1f}× the median): "
                 "this run says nothing about curing one."
             )
-        for r in results:
-            late = r["rows"]["gates added late"]
-            assert late["bit_identical_at_insertion"], "the gates changed the function"
+        print(
+            f"\nThe plain models' heads put at most {mass:.0%} of their attention on the first key: "
+            f"{'an' if mass > SINK_MASS else 'no'} attention sink."
+        )
+        for row in (row for r in results for row in r["rows"].values()):
+            assert row.get("bit_identical_at_insertion", True), "the gates changed the function"
     print(
         "\nThe paper reports +2 points of average quality and 1.2 points lost under W4A4, at billions "
         "of parameters; those numbers are its authors', not reproduced here."
