@@ -2,7 +2,8 @@
 
     python benchmarks/gpu.py [--quick]
 
-Runs the kernels' checks and timings (tuning plans first), then whole models, each in its own process.
+Runs the kernels' checks and timings (tuning plans first), then whole models and optimizer
+steps, each in its own process.
 Results go to ``benchmarks/results/``.
 """
 
@@ -18,11 +19,25 @@ from gpu_timing import require_gpu
 HERE = Path(__file__).parent
 
 
+#: Optimizer steps with our kernels and without, compiled and not, beside the installed peers.
+OPTIMIZERS = [
+    "--device",
+    "cuda",
+    "--dtype",
+    "float16",
+    "--compiled",
+    "--out",
+    str(HERE / "results"),
+]
+
+
 def commands(quick: bool) -> list[list[str]]:
     more = ["--quick"] if quick else []
     return [
         [sys.executable, str(HERE / "kernels.py"), "--tune", *more],
+        [sys.executable, str(HERE / "newton_schulz.py"), "--tune", *more],
         [sys.executable, str(HERE / "gpu_models.py"), *more],
+        [sys.executable, str(HERE / "optim_step.py"), *OPTIMIZERS, *more],
     ]
 
 

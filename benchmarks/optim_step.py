@@ -31,6 +31,7 @@ from unittest import mock
 import torch
 from normfuse import optim
 from normfuse.optim import coefficients as co
+from normfuse.optim import kernel_products
 from normfuse.optim import newton_schulz as ns
 from normfuse.optim.base import Algorithm, MatrixOptimizer
 from normfuse.optim.pipeline import Pipeline
@@ -143,6 +144,8 @@ def contestants(dtype: torch.dtype, compiled: bool) -> tuple[dict[str, Contestan
         out["torch.optim.Muon compiled"] = Contestant(
             lambda ps: _Compiled(torch.optim.Muon(ps, lr=1e-3)), half
         )
+    if torch.cuda.is_available():  # elsewhere there is nothing to leave out
+        out["normfuse without kernels"] = Contestant(lambda ps: _WithoutKernels(muon(ps)))
     missing = []
     if importlib.util.find_spec("gram_newton_schulz"):
         from gram_newton_schulz import GramNewtonSchulz
@@ -184,6 +187,17 @@ def contestants(dtype: torch.dtype, compiled: bool) -> tuple[dict[str, Contestan
     else:
         missing.append("pytorch-optimizer")
     return out, missing
+
+
+class _WithoutKernels:
+    """Library products only; eager, so that nothing that was compiled is compared."""
+
+    def __init__(self, opt: torch.optim.Optimizer) -> None:
+        self.opt = opt
+
+    def step(self) -> None:
+        with kernel_products.kernels("never"):
+            self.opt.step()
 
 
 class _Compiled:

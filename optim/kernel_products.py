@@ -2,7 +2,7 @@
 
 A kernel computes half of a symmetric product and adds ``b·A`` or ``a·X`` where it stores; batched
 library products compute all of it and copy the addend first. Which is faster is predicted from the
-device's data sheet, unless ``benchmarks/symmetric.py --tune`` has measured it there.
+device's data sheet, unless ``benchmarks/newton_schulz.py --tune`` has measured it there.
 """
 
 from __future__ import annotations

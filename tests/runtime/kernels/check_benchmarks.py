@@ -12,6 +12,7 @@ import gpu_models
 import gpu_timing
 import interpreter  # noqa: F401
 import kernels
+import newton_schulz
 import pytest
 import torch
 
@@ -22,6 +23,8 @@ def small_cases():
     torch.manual_seed(0)
     yield from kernels.norm_cases(5, 40, CPU, BF16, 132)
     yield from kernels.product_cases(3, 32, 48, CPU, BF16, 132)
+    for _, case in newton_schulz.product_cases(2, 20, 32, CPU, BF16, 132):
+        yield case
 
 
 @pytest.mark.parametrize("case", small_cases(), ids=lambda c: c.name)
@@ -152,12 +155,41 @@ def test_summary():
     assert found["mean_few_tokens"] == pytest.approx(1.0) and found["lowest"] == 0.4
 
 
-def test_one_command_runs_both():
+def test_whole_orthogonalizations_agree():
+    x, peers = newton_schulz.whole(2, 20, 32, CPU, torch.float16)
+    truth = newton_schulz.plain_loop(x.double(), torch.float64)
+    errors = {k: gpu_timing.worst(f(x), truth) for k, f in peers.items()}
+    assert all(gpu_timing.is_right(e, errors["eager"], torch.float16) for e in errors.values())
+    assert errors["eager"] > 0
+
+
+def test_plans_that_are_tuned_are_those_that_are_looked_up(monkeypatch):
+    """A benchmark's name, sizes and options of a plan are the op's own."""
+    from normfuse.runtime.triton_ops import symmetric
+
+    looked_up = []
+    plain = symmetric.tuned
+
+    def spy(name, heuristic, x, *sizes, **options):
+        looked_up.append((name, sizes, options))
+        return plain(name, heuristic, x, *sizes, **options)
+
+    monkeypatch.setattr(symmetric, "tuned", spy)
+    for _, case in newton_schulz.product_cases(2, 20, 32, CPU, BF16, 132):
+        args = case.make()
+        looked_up.clear()
+        case.ours(*args)
+        assert looked_up == [case.tune]
+
+
+def test_one_command_runs_all():
     for command in gpu.commands(quick=True):
         assert Path(command[1]).is_file() and "--quick" in command
 
 
-@pytest.mark.parametrize("script", [kernels, gpu_models, gpu], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "script", [kernels, newton_schulz, gpu_models, gpu], ids=lambda m: m.__name__
+)
 def test_without_a_gpu(script, capsys):
     with pytest.raises(SystemExit, match="no GPU here"):
         script.main(["--quick"])
