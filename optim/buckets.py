@@ -7,6 +7,7 @@ noticed by identity at the next step, and the stacks are rebuilt from what is th
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import fused
 from . import newton_schulz as ns
+from .decay import add_decayed
 from .pipeline import (
     COMMON_HYPER,
     COMPILED,
@@ -291,10 +294,10 @@ class Bucket:
         if not active or self.rows * self.cols == 0:
             return
         self.fill_hyper()
-        if not compile and self.device.type == "cpu" and not self.periodic:
+        if self.device.type == "cpu" and not self.periodic and (not compile or self._large):
             # matrices are independent: a few at a time, all stages in a row, temporaries in cache
             for part in self._portions(active):
-                self._update(part, compile=False, masked=masked, grads=grads, apply=apply)
+                self._update(part, compile=compile, masked=masked, grads=grads, apply=apply)
             return
         self._update(active, compile=compile, masked=masked, grads=grads, apply=apply)
 
@@ -345,14 +348,14 @@ class Bucket:
         tensors = Tensors(grad, states, self.hyper, constants, step, param)
         if self.periodic:
             self._refresh(active, tensors)
-        large = self.device.type == "cpu" and self._matrix_bytes() > CACHE_BYTES
         factor = None
-        if compile and whole:
-            update, decay = COMPILED.get(self.pipeline, tensors, masked)(tensors)
-        elif large and not masked and self._stream(slots, tensors, apply):
+        if self._large and not masked and self._stream(slots, tensors, apply, compile):
             update = None
-        elif large and not masked:
-            update, factor, decay = run_unscaled(self.pipeline, tensors)
+        elif self._large and not masked:
+            lead = functools.partial(fused.lead, self.pipeline) if compile else None
+            update, factor, decay = run_unscaled(self.pipeline, tensors, lead)
+        elif compile and whole:
+            update, decay = COMPILED.get(self.pipeline, tensors, masked)(tensors)
         else:
             # a part of a bucket is a rare step of a changing size: it is not worth a compilation
             update, decay = run(self.pipeline, tensors, masked)
@@ -362,7 +365,7 @@ class Bucket:
             if self.step is not None and step is not None:
                 self.step[index] = step
         if apply and update is not None:
-            self._apply(slots, update, decay, factor)
+            self._apply(slots, update, decay, factor, compile)
 
     def _refresh(self, active: Sequence[int], t: Tensors) -> None:
         """Run the stages' rare work on the matrices for which it is due."""
@@ -408,12 +411,15 @@ class Bucket:
             cautious=self.pipeline.cautious,
         )
 
-    def _stream(self, slots: Sequence[Slot], t: Tensors, apply: bool) -> bool:
-        """Every entry's step from gradient to parameter, a piece at a time; False if not possible."""
+    def _stream(self, slots: Sequence[Slot], t: Tensors, apply: bool, compile: bool) -> bool:
+        """Every entry's step from gradient to parameter, a piece at a time or, compiled, in one loop
+        a matrix; False if not possible."""
         targets = [s.target(s.param) for s in slots]
         if not all(p.is_contiguous() for p in targets):
             return False
         flat = [m for s, p in zip(slots, targets, strict=True) for m in p.view(s.count, -1)]
+        if compile and apply:
+            return fused.run(self.pipeline, t, flat)
         alike = self._keep()
 
         def sink(b: int, span: slice, update: Tensor, decay: Tensor | None) -> None:
@@ -428,10 +434,12 @@ class Bucket:
         update: Tensor,
         decay: Tensor | None,
         factor: Tensor | None = None,
+        compile: bool = False,
     ) -> None:
         """``p ← p·decay + update·factor``, reading and writing each parameter once.
 
-        ``factor`` is given for large matrices on CPUs: they are multiplied a piece at a time.
+        ``factor`` is given for large matrices on CPUs: they are multiplied a piece at a time or,
+        compiled, in one loop a matrix.
         """
         targets = [s.target(s.param) for s in slots]
         counts = [s.count for s in slots]
@@ -456,12 +464,20 @@ class Bucket:
             for k in range(s.count):
                 f = factor if factor.ndim == 0 else factor[number + k].view(())
                 one, each = t.view(s.count, -1)[k], u[k].flatten()
+                if compile:
+                    fused.move(self.pipeline, one, each, f, 1.0 if keep is None else keep)
+                    continue
                 for low in range(0, each.numel(), size):
                     scaled = (each[low : low + size] * f).to(t.dtype)
                     self._add(one[low : low + size], scaled, keep)
             number += s.count
 
     # -- bookkeeping -----------------------------------------------------------------------------------
+
+    @property
+    def _large(self) -> bool:
+        """Matrices so large that each is worked on by itself, its elementwise stages in cache."""
+        return self.device.type == "cpu" and self._matrix_bytes() > CACHE_BYTES
 
     def _matrix_bytes(self) -> int:
         return self.rows * self.cols * self._computing().itemsize
@@ -474,37 +490,6 @@ class Bucket:
         """Estimated peak of one step besides parameters, gradients and states."""
         size = torch.finfo(self._computing()).bits // 8
         return 4 * self.total * self.rows * self.cols * size
-
-
-def add_decayed(
-    target: Tensor, update: Tensor, keep: Any, *, after: bool = False, cautious: bool = False
-) -> None:
-    """``target ← keep·target + update`` in place: one read and one write of ``target``, one rounding.
-
-    Args:
-        keep: a number, a 0-d tensor, or None for 1.
-        after: the update decays, too.
-        cautious: only entries that the update shrinks decay.
-    """
-    if keep is None:
-        target.add_(update)
-        return
-    if after:
-        update = update * keep
-    if cautious:
-        kept = torch.as_tensor(keep, dtype=_opmath(target), device=target.device)
-        mask = torch.where(update * target <= 0, kept, torch.ones_like(kept))
-        torch.addcmul(update, target, mask, out=target)
-    elif isinstance(keep, Tensor) or target.itemsize < 4:
-        # one-dimensional, so that it takes part in type promotion: bfloat16 would round it to 1
-        kept = torch.as_tensor(keep, dtype=_opmath(target), device=target.device)
-        torch.addcmul(update, target, kept.view(1), out=target)
-    else:
-        torch.add(update, target, alpha=keep, out=target)
-
-
-def _opmath(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _all_finite(grad: Tensor) -> Tensor | bool:

@@ -165,18 +165,21 @@ def factor_of(pipeline: Pipeline, batch: Batch) -> Tensor:
     return rate if pipeline.scaling is None else rate * pipeline.scaling.factors(batch)
 
 
-def _keep(pipeline: Pipeline, t: Tensors, decay: Tensor | None) -> Tensor:
+def keep_of(pipeline: Pipeline, t: Tensors, decay: Tensor | None) -> Tensor:
     """The factor ``1 - lr·λ`` on the parameters, ``decay`` being the batch's multiplier of λ."""
     rate = t.hyper["lr"] * t.hyper["weight_decay"] * pipeline.decay_factor
     return 1 - (rate if decay is None else rate * decay)
 
 
-def _pieces(t: Tensors, names: list[str]) -> Iterator[tuple[int, slice, Tensors]]:
-    """``t`` in runs ``[1, 1, n]`` of entries of one matrix; states other than ``names`` left out."""
+def pieces(
+    t: Tensors, names: list[str], size: int | None = None
+) -> Iterator[tuple[int, slice, Tensors]]:
+    """``t`` in runs ``[1, 1, n]`` of up to ``size`` entries of one matrix (None: what caches hold);
+    states other than ``names`` left out."""
     grads = t.grad.flatten(1)
     states = {k: t.state[k].flatten(1) for k in names}
     params = None if t.param is None else t.param.flatten(1)
-    size = PIECE * torch.get_num_threads()
+    size = size or PIECE * torch.get_num_threads()
     for b in range(grads.shape[0]):
         row = slice(b, b + 1)
         constants = {k: v[row] for k, v in t.constants.items()}
@@ -197,7 +200,7 @@ def _pieces(t: Tensors, names: list[str]) -> Iterator[tuple[int, slice, Tensors]
             )
 
 
-def _sliceable(pipeline: Pipeline, t: Tensors) -> list[str] | None:
+def sliceable(pipeline: Pipeline, t: Tensors) -> list[str] | None:
     """Names of the leading stages' states, or None if these cannot run a piece at a time."""
     rows, cols = t.grad.shape[-2:]
     specs = {k: v for s in pipeline.leading for k, v in s.states(rows, cols).items()}
@@ -216,31 +219,38 @@ def run_in_pieces(
         sink: given matrix, span of its flat entries, signed update ``[n]`` and factor on the parameter
             (or None, as in :func:`run`) of each piece.
     """
-    names = _sliceable(pipeline, t)
+    names = sliceable(pipeline, t)
     if names is None or pipeline.leading != pipeline.working:
         return False
-    for b, span, piece in _pieces(t, names):
+    for b, span, piece in pieces(t, names):
         batch = make_batch(piece)
         factor = factor_of(pipeline, batch)
         for stage in pipeline.leading:
             batch = stage(batch)
         for k in names:
             piece.state[k].copy_(batch.state[k])
-        keep = None if batch.decay is None else _keep(pipeline, t, batch.decay)
+        keep = None if batch.decay is None else keep_of(pipeline, t, batch.decay)
         sink(b, span, (batch.update * factor).to(t.grad.dtype).flatten(), keep)
     if t.step is not None:
         t.step.add_(1)
     return True
 
 
-def run_unscaled(pipeline: Pipeline, t: Tensors) -> tuple[Tensor, Tensor, Tensor | None]:
+def run_unscaled(
+    pipeline: Pipeline,
+    t: Tensors,
+    lead: Callable[[Tensors, Tensor], Tensor | None] | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """:func:`run` for large matrices on a CPU: the leading stages run a piece at a time.
+
+    Args:
+        lead: does what the leading stages do to one whole matrix; see ``fused.lead``.
 
     Returns:
         ``(direction, factor, decay)``: the update is ``direction·factor``, not yet multiplied and in
         the computing dtype; good until the next step.
     """
-    names = _sliceable(pipeline, t)
+    names = sliceable(pipeline, t)
     stages = pipeline.working
     if names is None:
         names, batch = [], make_batch(t)
@@ -249,7 +259,11 @@ def run_unscaled(pipeline: Pipeline, t: Tensors) -> tuple[Tensor, Tensor, Tensor
         like = t.grad.new_empty(0, dtype=computing_dtype(t.grad.dtype))
         update = scratch("direction", t.grad.shape, like)
         flat, decays = update.flatten(1), {}
-        for b, span, piece in _pieces(t, names):
+        size = t.grad[0].numel() if lead is not None else None
+        for b, span, piece in pieces(t, names, size):
+            if lead is not None:
+                decays[b] = lead(piece, flat[b])
+                continue
             part = make_batch(piece)
             for stage in pipeline.leading:
                 part = stage(part)
@@ -266,7 +280,7 @@ def run_unscaled(pipeline: Pipeline, t: Tensors) -> tuple[Tensor, Tensor, Tensor
             old.copy_(batch.state[key])
     if t.step is not None:
         t.step.add_(1)
-    keep = None if batch.decay is None else _keep(pipeline, t, batch.decay)
+    keep = None if batch.decay is None else keep_of(pipeline, t, batch.decay)
     return batch.update, factor_of(pipeline, batch), keep
 
 
@@ -288,7 +302,7 @@ def run(pipeline: Pipeline, t: Tensors, masked: bool) -> tuple[Tensor, Tensor | 
     update = batch.update * factor
     decay = batch.decay
     if decay is not None or ok is not None:
-        decay = _keep(pipeline, t, decay)
+        decay = keep_of(pipeline, t, decay)
     if ok is not None:
         update = torch.where(ok, update, 0.0)
         assert decay is not None
@@ -351,17 +365,22 @@ class CompileCache:
 
     def __init__(self, size: int = 256) -> None:
         self.size = size
-        self._entries: OrderedDict[Any, CompiledStep] = OrderedDict()
+        self._entries: OrderedDict[Any, Any] = OrderedDict()
         self.misses = 0
 
     def get(self, pipeline: Pipeline, t: Tensors, masked: bool) -> CompiledStep:
+        """The whole step of one bucket."""
         flat, layout = t.flatten()
         meta = tuple((x.shape, x.stride(), x.dtype, x.device) for x in flat)
         key = (pipeline, layout, meta, masked, kernel_products.policy())
+        return self.fetch(key, lambda: CompiledStep(pipeline, t, masked))
+
+    def fetch(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What ``make`` made for ``key``: it has ``seconds``, what compiling took."""
         found = self._entries.get(key)
         if found is None:
             self.misses += 1
-            found = self._entries[key] = CompiledStep(pipeline, t, masked)
+            found = self._entries[key] = make()
             if len(self._entries) > self.size:
                 self._entries.popitem(last=False)
         else:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from normfuse import optim
 from normfuse.optim import buckets, pipeline
-from normfuse.optim.buckets import add_decayed
+from normfuse.optim.decay import add_decayed
 
 BIG = (96, 3000)
 

@@ -1,0 +1,131 @@
+"""Elementwise parts of a compiled step on large matrices: one loop over memory each.
+
+Products of large matrices gain nothing from a compiler, and in one graph over a whole bucket everything
+elementwise would go through fresh stacks. So on CPUs matrices stay where they are and only what is
+elementwise is compiled: what comes before the first product, and the parameters' decay and update.
+Sizes are symbolic: a pipeline needs one compilation of each, whatever the shapes.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .decay import add_decayed
+from .pipeline import (
+    COMPILED,
+    Pipeline,
+    Tensors,
+    factor_of,
+    keep_of,
+    make_batch,
+    pieces,
+    sliceable,
+)
+
+
+class Loop:
+    """A function of flat tensors that writes its results into some of them, compiled."""
+
+    def __init__(self, function: Callable[..., Any], example: Sequence[Tensor]) -> None:
+        began = time.perf_counter()
+        graph = make_fx(function, tracing_mode="symbolic")(*example)
+        self._call = torch.compile(graph, dynamic=True, fullgraph=True)
+        self.seconds = time.perf_counter() - began
+        self._first = True
+
+    def __call__(self, *args: Tensor) -> Any:
+        if not self._first:
+            return self._call(*args)
+        began = time.perf_counter()
+        out = self._call(*args)
+        self.seconds += time.perf_counter() - began
+        self._first = False
+        return out
+
+
+def _signature(tensors: Sequence[Tensor]) -> tuple:
+    return tuple((t.dtype, t.device, t.ndim) for t in tensors)
+
+
+def lead(pipeline: Pipeline, t: Tensors, out: Tensor) -> Tensor | None:
+    """The leading stages on one matrix ``[1, 1, n]``: rewrites its states and ``out`` ``[n]``.
+
+    Returns:
+        The multiplier of the weight decay, if a stage gave one.
+    """
+    flat, layout = t.flatten()
+
+    def function(*args: Tensor) -> Tensor | None:
+        piece = Tensors.unflatten(args[:-1], layout)
+        batch = make_batch(piece)
+        for stage in pipeline.leading:
+            batch = stage(batch)
+        for name, old in piece.state.items():
+            old.copy_(batch.state[name])
+        args[-1].copy_(batch.update.flatten())
+        return batch.decay
+
+    args = (*flat, out)
+    key = (lead, pipeline, layout, _signature(args))
+    return COMPILED.fetch(key, lambda: Loop(function, args))(*args)
+
+
+def run(pipeline: Pipeline, t: Tensors, targets: Sequence[Tensor]) -> bool:
+    """The whole step of an elementwise pipeline, parameters (``targets``, ``[n]`` each) included;
+    False if it cannot be done in one loop."""
+    names = sliceable(pipeline, t)
+    if names is None or pipeline.leading != pipeline.working:
+        return False
+    for b, _, piece in pieces(t, names, t.grad[0].numel()):
+        flat, layout = piece.flatten()
+        args = (*flat, targets[b])
+        key = (run, pipeline, layout, _signature(args))
+        COMPILED.fetch(key, functools.partial(Loop, _whole(pipeline, layout), args))(*args)
+    if t.step is not None:
+        t.step.add_(1)
+    return True
+
+
+def _whole(pipeline: Pipeline, layout: tuple) -> Callable[..., None]:
+    def function(*args: Tensor) -> None:
+        piece = Tensors.unflatten(args[:-1], layout)
+        batch = make_batch(piece)
+        factor = factor_of(pipeline, batch)
+        for stage in pipeline.leading:
+            batch = stage(batch)
+        for name, old in piece.state.items():
+            old.copy_(batch.state[name])
+        update = (batch.update * factor).to(piece.grad.dtype).flatten()
+        _add(pipeline, args[-1], update, keep_of(pipeline, piece, batch.decay))
+
+    return function
+
+
+def move(pipeline: Pipeline, target: Tensor, update: Tensor, factor: Tensor, keep: Any) -> None:
+    """``target ← keep·target + factor·update``, all ``[n]``; ``factor`` 0-d, ``keep`` a number."""
+    wide = torch.float64 if target.dtype == torch.float64 else torch.float32
+    keep = torch.as_tensor(keep, dtype=torch.float64).to(target.device, wide)
+
+    def function(target: Tensor, update: Tensor, factor: Tensor, keep: Tensor) -> None:
+        _add(pipeline, target, (update * factor).to(target.dtype), keep)
+
+    args = (target, update, factor, keep)
+    flags = (pipeline.decay_order, pipeline.cautious)
+    COMPILED.fetch((move, flags, _signature(args)), lambda: Loop(function, args))(*args)
+
+
+def _add(pipeline: Pipeline, target: Tensor, update: Tensor, keep: Tensor) -> None:
+    add_decayed(
+        target,
+        update,
+        keep.reshape(()),
+        after=pipeline.decay_order == "after",
+        cautious=pipeline.cautious,
+    )
