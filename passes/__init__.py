@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 from . import ops as ops
@@ -39,9 +40,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # pass classes (`passes.FoldAffine`) are resolved on first use
+    # pass classes (`passes.FoldAffine`) and modules (`passes.residual`) are resolved on first use
     for promise in ("exact", "extend", "alter"):
         folder = importlib.import_module(f".{promise}", __name__)
         if name in getattr(folder, "__all__", ()):
             return getattr(folder, name)
+    if importlib.util.find_spec(f".{name}", __name__) is not None:
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

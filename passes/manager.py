@@ -60,7 +60,7 @@ class Context:
     fuel: int | None = None
     banned: set[tuple[str, str]] = field(default_factory=set)
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
-    #: every rewrite in order, as (pass, site key): what bisection searches
+    #: every rewrite in order, as (pass, site key), one a unit of fuel: what bisection searches
     journal: list[tuple[str, str]] = field(default_factory=list)
     #: scratch space shared by the passes of one run, e.g. the residual-stream analysis
     cache: dict[str, Any] = field(default_factory=dict)
@@ -389,8 +389,9 @@ class PassManager:
                     return result
                 disagreement = check_pass(before.graph(), gm, context)
                 if disagreement is not None:
+                    steps = [key for _, key in context.journal[len(journal) :]]
                     undo()
-                    culprit = self._culprit(p, gm, context, result.applied, undo)
+                    culprit = self._culprit(p, gm, context, steps, undo)
                     report.failed_verification = True
                     report.notes.append(
                         f"verification failed after {p.name} at {culprit}: {disagreement}; undone"
@@ -404,14 +405,15 @@ class PassManager:
         p: Pass,
         gm: fx.GraphModule,
         context: Context,
-        applied: list[str],
+        steps: list[str],
         undo: Callable[[], None],
     ) -> str:
-        """The site whose rewrite changes the numbers: bisect over how many sites are rewritten."""
+        """The site whose rewrite changes the numbers: bisect over how many of the pass's ``steps``
+        (a stream of norms that change together is one) are taken."""
         from .verify import check_pass
 
         fuel = context.fuel
-        good, bad = 0, len(applied)
+        good, bad = 0, len(steps)
         while bad - good > 1:
             middle = (good + bad) // 2
             before = Snapshot(gm.graph)
@@ -426,7 +428,7 @@ class PassManager:
                 undo()
             good, bad = (good, middle) if wrong else (middle, bad)
         context.fuel = fuel
-        return applied[bad - 1]
+        return steps[bad - 1]
 
 
 def instantiate(p: Any) -> Pass:

@@ -117,10 +117,10 @@ def _checked_inductor_name(name: str, value: Any) -> str:
         import difflib
 
         near = difflib.get_close_matches(attribute, [*OWN, *known], n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        hint = f"; did you mean {', '.join(near)}?" if near else "."
         raise NormfuseError(
-            f"unknown option {name!r}{hint} normfuse's own options are {', '.join(OWN)}; any option "
-            "of torch._inductor (torch._inductor.list_options()) is passed on to it"
+            f"unknown option {name!r}{hint} Options of normfuse are {', '.join(OWN)}; any option of "
+            "torch._inductor (torch._inductor.list_options()) is passed on to it"
         )
     default = known[attribute]
     if default is not None and isinstance(default, (bool, int, str)):

@@ -106,7 +106,6 @@ class CompressZeroMean(Pass):
                 others = [k for k in keys if k != banned]
                 if self.attempt(context, result, banned, plan):
                     result.applied += others
-                    context.journal += [(self.name, k) for k in others]
                     for r in stream.norms:
                         element = ir.dtype(r.value).itemsize
                         rows = _rows(r.value, r.axis)

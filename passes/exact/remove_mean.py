@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from .. import cost, ir
-from ..axis import SPLITS, Axis, channel_scale, is_dropout
+from ..axis import SPLITS, Axis, channel_scale, is_dropout, users
 from ..errors import Refuse
 from ..linear import WeightBuilder, is_weight, match_linear
 from ..manager import Context, Pass, PassResult, register
@@ -137,7 +137,6 @@ class RemoveMean(Pass):
             others = [k for k in keys if k != first]
             if applied:
                 result.applied += others
-                context.journal += [(self.name, k) for k in others]
                 for r in sites:
                     rows = cost.numel(r.value)
                     result.savings[r.node.meta["site"]] = (0.0, 2.0 * rows)
@@ -417,7 +416,12 @@ def _insert_center(value: fx.Node, axis: Axis, readers: set[fx.Node]) -> None:
 
 def _center_value(stream: Stream, value: fx.Node) -> None:
     """Let the stream's ops and LayerNorms read ``value`` centered."""
-    inside = set(stream.values)
+    # a writer's result is a value of the stream, too, but what the writer reads is none of its business
+    inside = {
+        u
+        for u in users(value)
+        if u in stream.values and any(o is value for o, _ in stream.operands(u))
+    }
     inside |= {r.node for r in iter_norms(stream, *_LAYER_NORMS) if r.value is value}
     _insert_center(value, stream.values[value], inside)
 

@@ -118,6 +118,56 @@ def test_verification_finds_undoes_and_names_the_site(wrong):
     torch.testing.assert_close(gm(X), expected)
 
 
+class Encoder(nn.Module):
+    """One stream with two norms, which remove_mean changes together."""
+
+    def __init__(self, d=8):
+        super().__init__()
+        self.e, self.f, self.h = (nn.Linear(d, d) for _ in range(3))
+        self.n1, self.n2 = (nn.LayerNorm(d, elementwise_affine=False) for _ in range(2))
+
+    def forward(self, x):
+        x = self.e(x)
+        x = x + self.f(torch.tanh(self.n1(x)))
+        return torch.tanh(self.h(self.n2(x)))
+
+
+def test_verification_blames_the_stream_that_is_wrong_and_keeps_the_other(monkeypatch):
+    from normfuse.passes.exact import RemoveMean
+
+    gm = passes.capture(nn.Sequential(Encoder(), Encoder()).eval(), (X,))
+    gm.meta["example_inputs"] = [X]
+    expected = gm(X)
+    real = RemoveMean.attempt
+
+    def sabotaged(self, context, result, key, plan):
+        def bad_plan():
+            commit = plan()
+
+            def bad_commit():
+                commit()
+                if key.startswith("1."):
+                    last = [n for n in gm.graph.nodes if n.target is aten.tanh.default][-1]
+                    last.update_arg(0, last.args[0].args[0])  # reads past the head
+
+            return bad_commit
+
+        return real(self, context, result, key, bad_plan)
+
+    monkeypatch.setattr(RemoveMean, "attempt", sabotaged)
+    gm, report = PassManager(["remove_mean"], verify=True).run(gm)
+    assert [k for k, _ in report.applied] == ["0.n1", "0.n2"]
+    assert any("remove_mean at 1.n1" in n for n in report.notes)
+    torch.testing.assert_close(gm(X), expected)
+
+
+def test_fuel_and_journal_count_alike():
+    gm = passes.capture(nn.Sequential(Encoder(), Encoder()).eval(), (X,))
+    context = Context(fuel=10)
+    PassManager(["remove_mean"], context).run(gm)
+    assert 10 - context.fuel == len(context.journal) == 2
+
+
 def test_fuel_limits_the_number_of_rewrites():
     for fuel in range(5):
         context = Context(fuel=fuel)
