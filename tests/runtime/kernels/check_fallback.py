@@ -11,7 +11,7 @@ import pytest
 import torch
 from interpreter import triton_ops
 from normfuse.runtime import autotune_cache, kernel_failures
-from normfuse.runtime.triton_ops import gated, launch, norms, products
+from normfuse.runtime.triton_ops import gated, launch, norms, products, symmetric
 from triton.runtime.errors import OutOfResources
 
 
@@ -83,6 +83,13 @@ def gated_norm(x, residual, gain, bias, down, up, scale):
     return triton_ops.gated_norm(x, gain, bias, down, up, 1e-5, 2.0, None, None)
 
 
+def batched_products(x, residual, gain, bias, down, up, scale):
+    return (
+        triton_ops.symmetric_product(x[None], x[None], None, 2.0, 0.0),
+        triton_ops.add_product(x[None], down[None], up[None, : x.shape[0]], 1.0, 0.5),
+    )
+
+
 CASES = {
     "norm rms": (norm("rms"), norms, ["norm_fwd_tile"]),
     "norm layer": (norm("layer"), norms, ["norm_fwd_tile"]),
@@ -96,6 +103,7 @@ CASES = {
     "norm_linear layer": (norm_linear("layer"), products, ["norm_linear_kernel"]),
     "norm_linear crms": (norm_linear("crms"), products, ["norm_linear_kernel"]),
     "scaled_linear": (scaled_linear, products, ["norm_linear_kernel"]),
+    "batched products": (batched_products, symmetric, ["batched_product"]),
     "gated_norm": (gated_norm, gated, ["gated_fwd"]),
     "gated_norm, backward": (gated_norm, gated, ["gated_bwd_rows"]),
 }
