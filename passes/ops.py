@@ -289,8 +289,7 @@ def gated_rms_norm(
         norm_dtype=norm_dtype,
         out_dtype=out_dtype,
     )
-    gate = torch.sigmoid(F.linear(F.silu(F.linear(y, down.to(y.dtype))), up.to(y.dtype)))
-    return y * (gate * gate_scale)
+    return self_gate(y, down, up, gate_scale=gate_scale)
 
 
 def self_gate(y: Tensor, down: Tensor, up: Tensor, *, gate_scale: float = 2.0) -> Tensor:
@@ -298,8 +297,12 @@ def self_gate(y: Tensor, down: Tensor, up: Tensor, *, gate_scale: float = 2.0) -
 
     ``y`` is ``(..., d)``, ``down`` ``(r, d)``, ``up`` ``(d, r)``; the result has ``y``'s dtype.
     """
-    gate = torch.sigmoid(F.linear(F.silu(F.linear(y, down.to(y.dtype))), up.to(y.dtype)))
-    return y * (gate * gate_scale)
+    # On rows of a matrix the two parts of y's gradient are added by the product that makes one of
+    # them (addmm). Behind a view they are not, and the norm's backward would read both, every time.
+    flat = y.flatten(0, -2) if y.dim() > 2 and y.is_contiguous() else y
+    gate = torch.sigmoid(F.linear(F.silu(F.linear(flat, down.to(y.dtype))), up.to(y.dtype)))
+    out = flat * (gate * gate_scale)
+    return out if flat is y else out.view(y.shape)
 
 
 def seed_norm(

@@ -157,3 +157,37 @@ def test_defaults_of_schema_and_formula_agree(name):
             assert default == argument.default_value, argument.name
         else:
             assert default is inspect.Parameter.empty, argument.name
+
+
+def test_the_gates_gradient_is_added_by_its_product():
+    """Both parts of y's gradient meet as matrices: ``mm`` and ``add`` with nothing between them."""
+    y = torch.randn(2, 5, 8, requires_grad=True)
+    down, up = torch.randn(3, 8), torch.randn(8, 3)
+
+    def gradient(y):
+        return torch.autograd.grad(nf.self_gate(y, down, up).sum(), y)[0]
+
+    graph = make_fx(gradient)(y).graph
+    sums = graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
+    assert any(torch.ops.aten.mm.default in {a.target for a in n.all_input_nodes} for n in sums)
+
+
+@pytest.mark.parametrize("shape", [(8,), (4, 8), (2, 5, 8), (0, 5, 8), (2, 0, 3, 8)])
+def test_the_gate_is_the_same_for_every_rank(shape):
+    y = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    down, up = torch.randn(3, 8, dtype=torch.float64), torch.randn(8, 3, dtype=torch.float64)
+    want = y * 2 * torch.sigmoid(F.silu(y @ down.T) @ up.T)
+    got = nf.self_gate(y, down, up)
+    assert got.shape == y.shape
+    torch.testing.assert_close(got, want)
+    weight = torch.randn_like(y)
+    (a,), (b,) = (torch.autograd.grad((out * weight).sum(), y) for out in (got, want))
+    torch.testing.assert_close(a, b)
+
+
+def test_a_gate_keeps_the_memory_layout():
+    y = torch.randn(5, 2, 8).transpose(0, 1)
+    down, up = torch.randn(3, 8), torch.randn(8, 3)
+    out = nf.self_gate(y, down, up)
+    assert out.stride() == y.stride()
+    torch.testing.assert_close(out, nf.self_gate(y.contiguous(), down, up))
