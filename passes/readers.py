@@ -76,7 +76,8 @@ _KEEP_SHIFT = (
 _PERMUTES = _packets("permute transpose t swapaxes swapdims mT movedim")
 
 
-def _keeps_shift(node: fx.Node) -> bool:
+def keeps_shift(node: fx.Node) -> bool:
+    """True if the op maps a constant per feature to the same constant."""
     if node.target is operator.getitem:  # of a split
         return True
     if is_dropout(node):
@@ -117,7 +118,7 @@ def follow_readers(value: fx.Node, axis: Axis) -> tuple[list[Reading], list[Bloc
                 blocked.append(Blocked(user, "is not a linear layer of these features"))
             elif user not in seen:
                 seen.add(user)
-                changed = shift or (None if _keeps_shift(user) else user)
+                changed = shift or (None if keeps_shift(user) else user)
                 stack.append((user, found, (*path, user), changed))
     return readings, blocked
 

@@ -208,6 +208,140 @@ def test_a_promoting_scale_stays_a_cast():
     assert report.applied and gm(*args).dtype == torch.float32
 
 
+# -- chains, and norms whose statistics are fixed
+
+
+STEPS = {
+    "times": lambda m, x: x * m.g,
+    "over": lambda m, x: x / m.sd,
+    "less": lambda m, x: x - m.mu,
+    "plus": lambda m, x: m.b + x,
+    "half": lambda m, x: x / 2,
+    "scalar": lambda m, x: x * m.c,
+    "scalar_shift": lambda m, x: x + m.c,
+    "one": lambda m, x: x - 0.5,
+    "addcmul": lambda m, x: torch.addcmul(m.b, m.g, x),
+    "addcdiv": lambda m, x: torch.addcdiv(m.b, x, m.sd),
+}
+
+
+class Chain(nn.Module):
+    """Fixed maps in a row before or behind a layer, as norms with fixed statistics are written."""
+
+    def __init__(self, steps, layer="linear", behind=False, bias=True):
+        super().__init__()
+        self.steps, self.behind, d, out = steps, behind, 4, 6
+        self.conv = layer == "conv"
+        self.layer = {
+            "linear": lambda: nn.Linear(d, out, bias=bias),
+            "conv": lambda: nn.Conv1d(d, out, 2, groups=2, bias=bias),
+        }[layer]()
+        n = (out if behind else d, *([1] * self.conv))
+        self.g, self.b = nn.Parameter(torch.rand(n)), nn.Parameter(torch.rand(n))
+        self.c = nn.Parameter(torch.tensor(1.3))
+        self.register_buffer("mu", torch.rand(n))
+        self.register_buffer("sd", torch.rand(n) + 0.5)
+
+    def fixed(self, x):
+        for step in self.steps:
+            x = STEPS[step](self, x)
+        return x
+
+    def forward(self, x):
+        x = torch.tanh(x.transpose(1, 2) if self.conv else x)
+        x = self.fixed(self.layer(x)) if self.behind else self.layer(self.fixed(x))
+        return torch.tanh(x)
+
+
+def additions(gm):
+    ops = (aten.add, aten.sub, aten.addcmul, aten.addcdiv)
+    return [n for n in gm.graph.nodes if ir.is_call(n, *ops) and not n.meta.get("weight_program")]
+
+
+@settings(max_examples=24, deadline=None, derandomize=True)
+@given(
+    st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=4),
+    st.sampled_from(["linear", "conv"]),
+    st.booleans(),
+    st.integers(0, 9),
+)
+def test_chains_fold_whole_before_a_layer(steps, layer, bias, seed):
+    torch.manual_seed(seed)
+    model = Chain(steps, layer, bias=bias).double().eval()
+    args = (torch.randn(2, 5, 4).double(),)
+    gm, report = rewrite(model, args, FoldStaticScale())
+    assert len(report.applied) == len(steps) and not report.refused
+    assert not multiplications(gm) and not additions(gm)
+    assert_same(model, gm, args)
+    assert_idempotent(gm, FoldStaticScale())
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv"])
+@pytest.mark.parametrize(
+    "steps", [["less", "over", "times", "plus"], ["addcmul"], ["half", "times"], ["plus", "half"]]
+)
+def test_chains_fold_whole_behind_a_layer(steps, layer):
+    model = Chain(steps, layer, behind=True, bias=len(steps) % 2 == 0).double().eval()
+    args = (torch.randn(2, 5, 4).double(),)
+    gm, report = rewrite(model, args, FoldStaticScale())
+    assert len(report.applied) == len(steps)
+    assert not multiplications(gm) and not additions(gm)
+    assert_same(model, gm, args)
+    assert_idempotent(gm, FoldStaticScale())
+
+
+def test_a_chain_that_cannot_fold_says_so_for_every_op():
+    class Padded(Chain):
+        def __init__(self):
+            super().__init__(["less", "over"], "conv")
+            self.layer = nn.Conv1d(4, 6, 3, padding=1)
+
+    model, args = Padded().double().eval(), (torch.randn(2, 5, 4).double(),)
+    gm, report = rewrite(model, args, FoldStaticScale())
+    # the division folds; the zeros around the input are no multiple of the mean
+    assert [k for k, _ in report.applied] == ["graph.scale"] and not multiplications(gm)
+    assert [k for k, _, _ in report.refused] == ["graph.shift"]
+    assert "pads its input with zeros" in report.refused[0][2]
+    assert_same(model, gm, args)
+    assert_idempotent(gm, FoldStaticScale())
+
+
+def test_a_shift_in_low_precision_is_rounded_once():
+    model = Chain(["less", "over", "times", "plus"]).bfloat16().eval()
+    args = (torch.randn(64, 5, 4).bfloat16(),)
+    eager, ours, report = low_precision_errors(model, args, FoldStaticScale())
+    assert len(report.applied) == 4 and ours <= 1.5 * eager
+
+
+def test_tables_of_positions_are_no_sites():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.table = nn.Parameter(torch.rand(5, 4))
+
+        def forward(self, x):
+            return self.out(self.fc(x) + self.table)
+
+    gm, report = rewrite(Positions().eval(), (torch.randn(2, 5, 4),), FoldStaticScale())
+    assert not report.sites and len(additions(gm)) == 1
+
+
+def test_a_shift_does_not_copy_a_tied_weight():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.mu = nn.Embedding(11, 4), nn.Parameter(torch.rand(4))
+
+        def forward(self, ids):
+            return F.linear(torch.tanh(self.embed(ids)) - self.mu, self.embed.weight)
+
+    model, args = Tied().double(), (torch.arange(5),)
+    gm, report = rewrite(model, args, FoldStaticScale())
+    assert len(report.applied) == 1 and not additions(gm)
+    assert_same(model, gm, args)
+
+
 # -- left alone
 
 
