@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 
+import normfuse
 import pytest
 import torch
 import zoo
@@ -75,3 +76,18 @@ def test_none_missed_none_invented(name):
         path, _, rest = node.meta["site"].partition("#")
         assert path in names or path.rpartition(".")[0] in {*names, ""}, node.meta["site"]
         assert not rest or rest.isdigit()
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"),
+    [(name, "exact") for name in PROMISED]
+    + [(name, "rotation_ready") for name in ("gpt2", "gemma2", "t5", "swin")],
+)
+def test_rewritten_exactly(name, passes):
+    model, inputs = zoo.build(name)
+    with torch.no_grad():
+        _, report = normfuse.rewrite(
+            model, (), inputs, passes=passes, policy="always", verify=True, strict=True
+        )
+    assert report.applied and not report.failed_verification, report.notes
+    assert report.max_relative_error <= 1e-10
