@@ -174,9 +174,13 @@ class MatrixOptimizer(Optimizer):
                 raise ValueError(f"{name} has dtype {p.dtype}; a floating dtype is needed")
             if p.layout != torch.strided:
                 raise ValueError(f"{name} is {p.layout}; a dense parameter is needed")
-            if _shards(p) is not None and group.get("split") is not None:
-                raise ValueError(f"{name} is a DTensor; split is not supported for sharded ones")
-            make_slots(p, name, group, pipeline)
+            slots = make_slots(p, name, group, pipeline)
+            fused = group.get("split") is not None and slots[0].count > 1
+            if _shards(p) is not None and fused and group.get("block_period", 1) > 1:
+                raise ValueError(
+                    f"{name} is a sharded parameter with split: in block steps a shard is one "
+                    "matrix, which may hold rows of several parts; use block_period=1"
+                )
 
     # -- buckets -----------------------------------------------------------------------------------
 

@@ -107,6 +107,8 @@ def make_slots(p: Tensor, name: str, group: Mapping[str, Any], pipeline: Pipelin
         )
     out: list[Slot] = []
     pieces = _pieces(p, name, group.get("split"))
+    if hasattr(p, "placements") and len(pieces) > 1:
+        return [_sharded_parts(p, name, pieces, view)]
     for i, (dim, start, length) in enumerate(pieces):
         shape = list(p.shape)
         if dim is not None:
@@ -125,6 +127,21 @@ def make_slots(p: Tensor, name: str, group: Mapping[str, Any], pipeline: Pipelin
         suffix = "" if i == 0 else f".{i}"
         out.append(Slot(p, name, suffix, dim, start, length, count, rows, cols, turned))
     return out
+
+
+def _sharded_parts(
+    p: Tensor, name: str, pieces: Sequence[tuple[int | None, int, int]], view: str
+) -> Slot:
+    """A DTensor in equal parts along dimension 0: consecutive matrices of one slot, since shards are
+    those of the parameter whatever its parts."""
+    if view == "batch" or any((d, n) != (0, pieces[0][2]) for d, _, n in pieces):
+        raise ValueError(
+            f"{name} is a DTensor: split is supported for equal parts along dimension 0 "
+            f"(view 'matrix' or 'flatten'), not for parts {[n for _, _, n in pieces]} along "
+            f"dimension {pieces[0][0]}"
+        )
+    rows, cols = pieces[0][2], math.prod(p.shape[1:])
+    return Slot(p, name, "", None, 0, 0, len(pieces), rows, cols, False)
 
 
 def _pieces(p: Tensor, name: str, split: Any) -> list[tuple[int | None, int, int]]:

@@ -88,6 +88,30 @@ def check(world, folder):
             for p, w in zip(ps, want, strict=True):
                 torch.testing.assert_close(p.detach().full_tensor(), w, rtol=1e-8, atol=1e-8)
 
+    # a fused matrix in equal parts: each is a matrix, wherever the shards end
+    g = torch.Generator().manual_seed(3)
+    fused, *grads = (torch.randn(12, 6, generator=g, dtype=torch.float64) for _ in range(4))
+    for name in ("Muon", "NorMuon"):
+        want = nn.Parameter(fused.clone())
+        group = {"params": [want], "split": 3}
+        alone = getattr(optim, name)([group], lr=0.05, weight_decay=0.1)
+        for grad in grads:
+            want.grad = grad
+            alone.step()
+        for where in ([Shard(0)], [Shard(1)], [Replicate()]):
+            p = nn.Parameter(distribute_tensor(fused, line, where))
+            opt = getattr(optim, name)([{"params": [p], "split": 3}], lr=0.05, weight_decay=0.1)
+            for grad in grads:
+                p.grad = distribute_tensor(grad, line, where)
+                opt.step()
+            torch.testing.assert_close(p.detach().full_tensor(), want, rtol=1e-8, atol=1e-8)
+    p = nn.Parameter(distribute_tensor(fused, line, [Shard(0)]))
+    for split in ([8, 4], (1, [3, 3])):
+        with pytest.raises(ValueError, match="equal parts along dimension 0"):
+            optim.Muon([{"params": [p], "split": split}])
+    with pytest.raises(ValueError, match="block_period=1"):
+        optim.Muon([{"params": [p], "split": 3}], block_period=5)
+
     # a non-finite shard on one rank skips the matrix on all
     mesh, where = line, [Shard(0)]
     ps, opt = sharded("Muon", mesh, where)
