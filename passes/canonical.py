@@ -132,6 +132,7 @@ def _replace(graph: fx.Graph, norm: Norm, key: str, moved: dict[fx.Node, fx.Node
         )
     new.meta["site"] = key
     new.meta["spelling"] = _spelling(norm)
+    new.meta["replaced"] = end.name  # verification looks there when numbers disagree
     moved[end] = new
     end.replace_all_uses_with(new)
     return new

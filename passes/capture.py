@@ -25,6 +25,7 @@ from .einsum import einsum_to_linear
 from .errors import CaptureError
 from .functionalize import functionalize
 from .inline import inline_regions
+from .manager import Snapshot
 from .opaque import opaque_sites
 from .paths import clean_path, user_frame
 from .recorded import read_marks, recorded_checkpoints, recorded_functions
@@ -44,6 +45,7 @@ def capture(
     *,
     dynamic: bool = True,
     canonical: bool = True,
+    remember: bool = False,
 ) -> fx.GraphModule:
     """Capture ``model`` as one pre-dispatch ATen graph with its norms recognized.
 
@@ -54,6 +56,8 @@ def capture(
         dynamic: keep the tensor dims symbolic where the model allows it (of inputs with four or
             more dims, the first only).
         canonical: also rewrite every spelling of a norm into the vocabulary.
+        remember: keep the graph as it was before that in ``gm.meta["captured"]`` (verification
+            compares with it).
 
     Returns:
         A ``GraphModule`` called like the model (same signature, same output structure). Its
@@ -75,18 +79,23 @@ def capture(
         raise CaptureError(
             f"expected a module, a callable, an ExportedProgram or a GraphModule, got {type(model)}"
         )
-    finish(gm, canonical=canonical, autocast=ambient())
+    finish(gm, canonical=canonical, autocast=ambient(), remember=remember)
     return gm
 
 
 def finish(
-    gm: fx.GraphModule, *, canonical: bool = True, autocast: tuple[Autocast, ...] = ()
+    gm: fx.GraphModule,
+    *,
+    canonical: bool = True,
+    autocast: tuple[Autocast, ...] = (),
+    remember: bool = False,
 ) -> list[Site]:
     """Common tail of every capture: inline regions, make casts explicit, functionalize, recognize.
 
     Args:
         autocast: the autocast settings in force around the captured code. The graph's casts are
             explicit afterwards: it must run with autocast off.
+        remember: keep a snapshot of the graph before recognition in ``gm.meta["captured"]``.
     """
     with contextlib.ExitStack() as off:
         for context in disabled(ambient()):  # values are computed as the graph will run
@@ -96,6 +105,8 @@ def finish(
         gm.meta["autocast"] = autocast
         make_explicit(gm, autocast)
         functionalize(gm)
+        if remember:
+            gm.meta["captured"] = Snapshot(gm.graph)
         einsum_to_linear(gm)
         sites: list[Site] = []
         if canonical:

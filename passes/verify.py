@@ -1,12 +1,15 @@
 """Numerical verification: the same graph in float64 before and after, and in the working dtype.
 
 Random or example inputs cannot prove a rewrite, the identities do that; they catch a mistake in its
-implementation. Agreement is required to 1e-10 relative in float64.
+implementation. In float64 agreement is required to 1e-10 relative, with the graph as it was captured,
+before anything was recognized in it. In the working dtype the rewritten graph's error against float64
+may be :data:`FACTOR` times eager's own plus :data:`ULPS` units in the last place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +17,18 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from . import ir
+from .autocast import ambient, disabled
 
 #: Largest accepted relative disagreement in float64.
 TOLERANCE = 1e-10
+
+#: The working dtype's error against float64 may be this many times eager's own ...
+FACTOR = 2.0
+#: ... plus this many units in the last place of the coarsest dtype of the graph.
+ULPS = 2.0
+
+#: ``(x, shape, weight, eps)``: the epsilon that is not given is the dtype's
+_DEFAULT_EPS = (torch.ops.aten.rms_norm.default, torch.ops.aten._fused_rms_norm.default)
 
 _LOW = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -42,6 +54,12 @@ class PlainInterpreter(fx.Interpreter):
             for n in self.graph.nodes
         )
 
+    def run_node(self, n: fx.Node) -> Any:
+        with contextlib.ExitStack() as stack:
+            for setting in n.meta.get("autocast", ()):  # of an opaque op
+                stack.enter_context(setting.context())
+            return super().run_node(n)
+
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = ir.attribute(self.gm, target)
         if not isinstance(value, torch.Tensor):
@@ -57,6 +75,12 @@ class DoubleInterpreter(PlainInterpreter):
     Complex and integer values keep their dtype. Weights are promoted one at a time, as needed.
     """
 
+    _node: fx.Node
+
+    def run_node(self, n: fx.Node) -> Any:
+        self._node = n
+        return super().run_node(n)
+
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         return to_double(super().placeholder(target, args, kwargs))
 
@@ -68,6 +92,11 @@ class DoubleInterpreter(PlainInterpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         args, kwargs = _promoted(args, kwargs)
+        if target in _DEFAULT_EPS and (len(args) < 4 or args[3] is None) and "eps" not in kwargs:
+            # the default is that of the dtype the model computes in
+            dtype = torch.promote_types(ir.dtype(self._node.args[0]), torch.float32)
+            args = (*args, *(None,) * (3 - len(args)))[:3]
+            args = (*args, torch.finfo(dtype).eps)
         result = super().call_function(target, args, kwargs)
         # factories and embeddings of constants may still produce the default dtype
         return pytree.tree_map(to_double, result)
@@ -144,6 +173,131 @@ def max_error(actual: Sequence[Any], expected: Sequence[Any]) -> float:
     if len(actual) != len(expected):
         return float("inf")
     return max((relative_error(a, e) for a, e in zip(actual, expected, strict=True)), default=0.0)
+
+
+@contextlib.contextmanager
+def _explicit_casts() -> Iterator[None]:
+    """Graphs run with autocast off: their casts are in them."""
+    with contextlib.ExitStack() as stack:
+        for context in disabled(ambient()):
+            stack.enter_context(context)
+        yield
+
+
+def check_recognition(gm: fx.GraphModule, context: Any) -> str | None:
+    """Compare ``gm`` with the graph its norms were recognized in; ``None`` if they agree.
+
+    Needs ``gm.meta["example_inputs"]`` and ``gm.meta["captured"]`` (``capture(remember=True)``). That
+    graph's float64 results are what every pass is compared with from now on.
+
+    Returns:
+        A sentence that names the first wrong site.
+    """
+    inputs, captured = gm.meta.get("example_inputs"), gm.meta.get("captured")
+    if inputs is None or captured is None:
+        return None
+    graph = captured.graph()
+    with _explicit_casts():
+        truth = context.facts["double"] = flat_double(gm, inputs, graph)
+        recognized = flat_double(gm, inputs)
+        error = max_error(recognized, truth)
+        allowed = max(TOLERANCE, 8 * _rounded_constants(graph))
+        if error > allowed:
+            where = _first_wrong(gm, graph, inputs, allowed)
+            return (
+                f"float64 results differ by {error:.1e} relative from the model's as it was captured "
+                f"(allowed {allowed:.0e}), before any pass ran{where}"
+            )
+        if error > TOLERANCE:  # constants were rounded, and are taken for what was meant
+            context.facts["double"] = recognized
+        else:
+            context.errors.append(error)
+        context.facts["plain"] = flat_plain(gm, inputs, graph)
+    return None
+
+
+def _rounded_constants(graph: fx.Graph) -> float:
+    """The rounding of numbers that the model holds as tensors (``1/d`` in float32).
+
+    Recognition takes one for ``1/d`` if it is that to rounding.
+    """
+    values = (
+        n.meta.get("val")
+        for n in graph.nodes
+        if n.op in ("get_attr", "call_function") and not _reads_data(n)
+    )
+    dtypes = {v.dtype for v in values if isinstance(v, torch.Tensor) and v.dim() == 0}
+    return max((torch.finfo(d).eps for d in dtypes if d in _LOW), default=0.0)
+
+
+def _reads_data(node: fx.Node) -> bool:
+    return bool(node.all_input_nodes) or node.meta.get("kind") in ("param", "buffer")
+
+
+class _Norms(DoubleInterpreter):
+    """Keeps the float64 results of the nodes with the given names."""
+
+    def __init__(self, gm: fx.GraphModule, graph: fx.Graph, names: Iterable[str]) -> None:
+        super().__init__(gm, graph)
+        self.names = frozenset(names)
+        self.seen: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self.names:
+            self.seen[n.name] = value
+        return value
+
+
+def _first_wrong(
+    gm: fx.GraphModule, captured: fx.Graph, inputs: Sequence[Any], allowed: float
+) -> str:
+    """Where the two graphs part: the first norm whose result is not that of what it replaced."""
+    norms = [n for n in ir.norm_nodes(gm) if "replaced" in n.meta]
+    runs = []
+    for graph, names in (
+        (captured, [n.meta["replaced"] for n in norms]),
+        (gm.graph, [n.name for n in norms]),
+    ):
+        run = _Norms(gm, graph, names)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            run.run(*_copies(inputs), enable_io_processing=False)
+        runs.append(run.seen)
+    old, new = runs
+    for n in norms:
+        if relative_error(new.get(n.name), old.get(n.meta["replaced"])) > allowed:
+            return f"; first at {n.meta.get('site')} [{ir.describe(n)}]"
+    return ""
+
+
+def check_working(gm: fx.GraphModule, context: Any, report: Any) -> str | None:
+    """Compare ``gm``'s error in the working dtype with eager's own; ``None`` if it is no larger.
+
+    Both are against float64 and end up in ``report.working_error``. Needs what
+    :func:`check_recognition` found; a pass that changes the function leaves nothing to compare.
+    """
+    before, truth = context.facts.get("plain"), context.facts.get("double")
+    if before is None or truth is None or context.facts.get("rebased"):
+        return None
+    with _explicit_casts():
+        now = flat_plain(gm, gm.meta["example_inputs"])
+    eager, rewritten = max_error(before, truth), max_error(now, truth)
+    report.working_error = {"eager": eager, "rewritten": rewritten}
+    allowed = FACTOR * eager + ULPS * _ulp(gm)
+    if rewritten <= allowed:
+        return None
+    return (
+        f"the error against float64 is {rewritten:.1e}, eager's own is {eager:.1e} "
+        f"(allowed {allowed:.1e})"
+    )
+
+
+def _ulp(gm: fx.GraphModule) -> float:
+    """The relative spacing of the coarsest floating dtype that the graph computes in."""
+    values = (n.meta.get("val") for n in gm.graph.nodes)
+    dtypes = {v.dtype for v in values if isinstance(v, torch.Tensor)}
+    return max((torch.finfo(d).eps for d in dtypes if d.is_floating_point), default=0.0)
 
 
 def check_pass(before: fx.Graph, gm: fx.GraphModule, context: Any) -> str | None:

@@ -25,11 +25,12 @@ from torch._guards import TracingContext
 from ..passes import ir
 from ..passes.autocast import ambient, disabled
 from ..passes.capture import capture_fx, finish, mark_dynamo_leaves
-from ..passes.errors import NormfuseError, Unsupported
+from ..passes.errors import NormfuseError, Unsupported, VerificationError
 from ..passes.manager import Context, PassManager, copy_graph
 from ..passes.presets import resolve
 from ..passes.report import Report
 from ..passes.subgraphs import dissolve, emit_dynamo, outline
+from ..passes.verify import check_recognition, check_working
 from ..passes.weights import WeightCache, mark_recompute, split
 from . import autotune_cache, kernel_failures, lower_checks
 from .lower import expand
@@ -194,7 +195,9 @@ class Program:
 
 def _remember(gm: fx.GraphModule, device: torch.device, error: Exception) -> None:
     """Keep for ``normfuse doctor`` which kernels a graph that did not compile has."""
-    ours = [n for n in gm.graph.nodes if getattr(n.target, "namespace", "") == lower_checks.NAMESPACE]
+    ours = [
+        n for n in gm.graph.nodes if getattr(n.target, "namespace", "") == lower_checks.NAMESPACE
+    ]
     kernels = sorted({n.target._schema.name.split("::")[1] for n in ours})
     types = sorted({str(ir.dtype(n.args[0])).removeprefix("torch.") for n in ours})
     reason = f"{type(error).__name__}: {error}"
@@ -277,7 +280,7 @@ def rewrite_dynamo(
             }
         if not training:
             dissolve(traced)
-        sites = finish(traced, autocast=ambient())
+        sites = finish(traced, autocast=ambient(), remember=settings.verify)
         report.sites.extend(sites)
         report.notes += traced.meta["notes"]
         context = Context(
@@ -290,12 +293,14 @@ def rewrite_dynamo(
         )
         if settings.verify:
             traced.meta["example_inputs"] = list(inputs)
+            if wrong := check_recognition(traced, context):
+                PassManager([], context).run(traced, report)  # lists the sites
+                raise _failed(report, f"after recognition: {wrong}")
         trace_artifact("normfuse_before", lambda: traced.print_readable(print_output=False))
         manager = PassManager(resolve(settings.passes), context, verify=settings.verify)
         manager.run(traced, report)
-        traced.meta.pop("example_inputs", None)
-    if settings.verify and context.errors:
-        report.max_relative_error = max(context.errors)
+        if settings.verify:
+            _verified(traced, context, report, settings)
     applied = any(s.applied for s in report.sites)
     spare = None
     if settings.kernels and (device := _where(tensors)).type == lower_checks.DEVICE:
@@ -325,6 +330,28 @@ def rewrite_dynamo(
         return None
     report.weight_bytes = size
     return program
+
+
+def _verified(gm: fx.GraphModule, context: Context, report: Report, settings: Options) -> None:
+    """Error figures for the report; raise if the rewritten graph is not to be used."""
+    report.max_relative_error = max(context.errors, default=0.0)
+    if report.failed_verification:  # the passes at fault are undone
+        said = [n for n in report.notes if n.startswith("verification failed")]
+        error = VerificationError("; ".join(said))
+        if settings.strict:
+            raise error
+        _warn_once(error, "normfuse undid rewrites")
+    if context.journal and (worse := check_working(gm, context, report)):
+        raise _failed(report, f"in the working dtype: {worse}")
+    for name in ("example_inputs", "captured"):
+        gm.meta.pop(name, None)
+
+
+def _failed(report: Report, reason: str) -> VerificationError:
+    """Nothing of this graph is used; what was applied becomes refused."""
+    report.failed_verification = True
+    refuse_all(report, "verification failed")
+    return VerificationError(f"verification failed {reason}")
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:

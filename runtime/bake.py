@@ -93,7 +93,9 @@ def bake(
     from .rewrite import transform
 
     start = time.perf_counter()
-    gm = capture(source, tuple(args), dict(kwargs), dynamic=settings.dynamic)
+    gm = capture(
+        source, tuple(args), dict(kwargs), dynamic=settings.dynamic, remember=settings.verify
+    )
     flat, in_spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     report, _ = transform(gm, flat, settings, training=False)
     lifted, names = lift(gm)

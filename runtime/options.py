@@ -20,8 +20,10 @@ class Options:
         policy: ``"pays"`` lets the cost model decline; ``"always"`` rewrites whatever is exact.
         disable: names of passes to switch off (the environment variable ``NORMFUSE_DISABLE`` adds
             to it).
-        verify: compare the float64 results of each captured graph before and after every pass.
-        strict: raise on any failure of ours instead of falling back to Inductor with a warning.
+        verify: compare the float64 results of each captured graph before and after recognition and
+            after every pass, and the working dtype's error with eager's own.
+        strict: raise on any failure of ours, verification's too, instead of falling back to
+            Inductor with a warning.
         fuel: number of site rewrites allowed, for bisection.
         max_folded_bytes: under the policy ``"pays"``, the memory a graph may spend on folded copies
             of weights in inference; a graph that wants more is left alone.

@@ -21,7 +21,7 @@ from ..passes.manager import Context, Pass, PassManager, copy_graph
 from ..passes.presets import policy_of, resolve
 from ..passes.report import Report
 from ..passes.subgraphs import emit_eager, has_regions, outline
-from ..passes.verify import flat_plain, max_error
+from ..passes.verify import check_recognition, check_working
 from ..passes.weights import WeightCache, lift, split
 from .reroute import Reroute
 from .signature import Signature, Weights, layout
@@ -328,7 +328,9 @@ def build(
 ) -> tuple[Graph, Report]:
     """Capture ``source`` as it is now (train or eval, grad mode, autocast) and rewrite the graph."""
     start = time.perf_counter()
-    gm = capture(source, tuple(args), dict(kwargs), dynamic=settings.dynamic)
+    gm = capture(
+        source, tuple(args), dict(kwargs), dynamic=settings.dynamic, remember=settings.verify
+    )
     for name in owner.new_parameters:  # an earlier graph's additions are this one's too
         set_attribute(gm, name, ir.attribute(source, name))
     flat = pytree.tree_leaves((tuple(args), dict(kwargs)))
@@ -359,22 +361,38 @@ def transform(
     report.notes += gm.meta.get("notes", [])
     if settings.verify:
         gm.meta["example_inputs"] = list(flat)
-        before = flat_plain(gm, flat)
+        wrong = check_recognition(gm, context)
+        if wrong is not None:
+            _unrecognize(gm, context, report, wrong)
+            return report, context
     manager = PassManager(settings.passes, context, verify=settings.verify)
     manager.run(gm, report)
     if settings.verify:
-        _verify(gm, flat, before, context, report)
-        gm.meta.pop("example_inputs", None)
+        _verify(gm, context, report)
+        for name in _FOR_VERIFICATION:
+            gm.meta.pop(name, None)
     return report, context
 
 
-def _verify(
-    gm: fx.GraphModule, flat: Sequence[Any], before: list, context: Context, report: Report
-) -> None:
+_FOR_VERIFICATION = ("example_inputs", "captured")
+
+
+def _unrecognize(gm: fx.GraphModule, context: Context, report: Report, wrong: str) -> None:
+    """Nothing is rewritten, not even spelled otherwise: the graph is the captured one again."""
+    PassManager([], context).run(gm, report)  # lists the sites
+    report.failed_verification = True
+    report.max_relative_error = 0.0
+    report.notes.append(f"verification failed after recognition: {wrong}; nothing was rewritten")
+    for site in report.sites:
+        site.refused.append(("canonicalize", "verification failed after recognition (see notes)"))
+    gm.graph = gm.meta["captured"].graph()
+    gm.recompile()
+    for name in _FOR_VERIFICATION:
+        gm.meta.pop(name, None)
+
+
+def _verify(gm: fx.GraphModule, context: Context, report: Report) -> None:
     """Fill in the error figures: float64 agreement, and working dtype against float64."""
-    if not context.journal:
-        report.max_relative_error = 0.0
-        return
     report.max_relative_error = max(context.errors, default=0.0)
     if context.facts.get("rebased"):
         report.notes.append(
@@ -382,11 +400,10 @@ def _verify(
             "not compared with the original's"
         )
         return
-    truth = context.facts["double"]
-    report.working_error = {
-        "eager": max_error(before, truth),
-        "rewritten": max_error(flat_plain(gm, flat), truth),
-    }
+    worse = check_working(gm, context, report)
+    if worse is not None:
+        report.failed_verification = True
+        report.notes.append(f"verification failed in the working dtype: {worse}")
 
 
 def make_settings(
@@ -427,8 +444,9 @@ def rewrite(
         model: any module that ``torch.export`` can capture.
         args, kwargs: example inputs, as the user would call it.
         passes: a preset name or a list of passes (instances, classes, registered names).
-        verify: compare float64 results before and after every pass; a pass that changes them is
-            undone and the report says so.
+        verify: compare float64 results with the captured model's after norms were recognized and
+            after every pass (a pass that changes them is undone), and the error in the working
+            dtype with eager's own. The report says what failed.
         policy: ``"pays"`` (default of the preset ``"exact"``) lets the cost model decline,
             ``"always"`` (default otherwise) rewrites whatever is exact.
         disable: names of passes not to run.
@@ -436,7 +454,7 @@ def rewrite(
             change in inference, inline when gradients are on); ``"baked"`` stores folded weights
             instead: what quantizers and rotations want.
         dynamic: keep sizes symbolic where the model allows.
-        strict: raise :class:`VerificationError` instead of undoing a pass.
+        strict: raise :class:`VerificationError` when verification fails.
         fuel: number of site rewrites allowed (bisection).
         inplace: share the original's parameters instead of copying them.
 
@@ -503,7 +521,7 @@ def explain(
     settings = make_settings(passes, policy, disable, verify, dynamic)
     start = time.perf_counter()
     args, kwargs = checked_args(args), dict(kwargs or {})
-    gm = capture(model, args, kwargs, dynamic=dynamic)
+    gm = capture(model, args, kwargs, dynamic=dynamic, remember=verify)
     drawings = _draw_streams(gm)
     flat = pytree.tree_leaves((args, kwargs))
     report, _ = transform(gm, flat, settings, training=model.training)

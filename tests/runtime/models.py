@@ -2,6 +2,8 @@
 
 import torch
 import torch.nn.functional as F
+from normfuse.passes import ir
+from normfuse.passes.canonical import canonicalize
 from torch import nn
 
 
@@ -55,3 +57,12 @@ def trained_like(model, seed=0):
 
 def ids(batch=2, time=6, vocab=32, seed=1):
     return torch.randint(0, vocab, (batch, time), generator=torch.Generator().manual_seed(seed))
+
+
+def wrong_recognition(gm):
+    """``canonicalize`` with a bug: it gets every epsilon wrong."""
+    sites = canonicalize(gm)
+    for node in ir.norm_nodes(gm):
+        node.args = tuple(0.5 if isinstance(a, float) else a for a in node.args)
+        node.kwargs = {k: 0.5 if k == "eps" else v for k, v in node.kwargs.items()}
+    return sites

@@ -9,10 +9,11 @@ import warnings
 
 import pytest
 import torch
-from models import Transformer, ids, trained_like
-from normfuse.passes import NormfuseError
+from models import Transformer, ids, trained_like, wrong_recognition
+from normfuse.passes import FoldAffine, NormfuseError, canonical, ir, verify
 from normfuse.runtime import backend
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils.checkpoint import checkpoint
 
 ALWAYS = {"policy": "always", "strict": True}
@@ -364,3 +365,57 @@ def test_needs_torch_compile():
     gm = torch.fx.symbolic_trace(nn.Linear(2, 2))
     with pytest.raises(NormfuseError, match=r"torch\.compile"):
         backend.rewrite_dynamo(gm, [torch.randn(2, 2)], backend.Options(), backend.Report())
+
+
+VERIFY = {"policy": "always", "verify": True}
+
+
+def test_verification_has_both_errors(model):
+    agree(compiled(model, {**VERIFY, "strict": True}), model, ids())
+    [report] = backend.reports()
+    assert 0 < report.max_relative_error <= 1e-10 and not report.failed_verification
+    assert report.working_error["rewritten"] <= 2 * report.working_error["eager"] + 2.4e-7
+
+
+def test_verification_of_a_wrong_pass_raises_or_warns_once(model, monkeypatch):
+    run = FoldAffine.run
+
+    def wrong(self, gm, context):
+        result = run(self, gm, context)
+        if "blocks.0.norm1" in result.applied:
+            node = next(n for n in ir.norm_nodes(gm) if n.meta["site"] == "blocks.0.norm1")
+            node.args = tuple(0.5 if isinstance(a, float) else a for a in node.args)
+        return result
+
+    monkeypatch.setattr(FoldAffine, "run", wrong)
+    with pytest.raises(BackendCompilerFailed, match=r"fold_affine at blocks\.0\.norm1"):
+        compiled(model, {**VERIFY, "strict": True})(ids())
+    torch._dynamo.reset()
+    with pytest.warns(UserWarning, match="undid rewrites.*blocks.0.norm1") as said:
+        agree(compiled(model, dict(VERIFY)), model, ids())
+    assert len([w for w in said if "undid" in str(w.message)]) == 1
+    report = backend.reports()[-1]
+    assert report.failed_verification
+    assert ("blocks.0.norm1", "fold_affine") not in report.applied
+    assert ("blocks.1.norm1", "fold_affine") in report.applied
+
+
+def test_verification_of_a_wrong_recognition_raises_or_falls_back(model, monkeypatch):
+    monkeypatch.setattr(canonical, "canonicalize", wrong_recognition)
+    with pytest.raises(
+        BackendCompilerFailed, match=r"after recognition.*first at blocks\.0\.norm1"
+    ):
+        compiled(model, {**VERIFY, "strict": True})(ids())
+    torch._dynamo.reset()
+    with pytest.warns(UserWarning, match="left a graph to Inductor unchanged.*blocks.0.norm1"):
+        agree(compiled(model, dict(VERIFY)), model, ids())
+    report = backend.reports()[-1]
+    assert report.failed_verification and report.sites and not report.applied
+
+
+def test_a_worse_working_error_leaves_the_graph_to_inductor(model, monkeypatch):
+    monkeypatch.setattr(verify, "FACTOR", -1e6)
+    with pytest.warns(UserWarning, match="in the working dtype"):
+        agree(compiled(model, dict(VERIFY)), model, ids())
+    report = backend.reports()[-1]
+    assert report.failed_verification and not report.applied

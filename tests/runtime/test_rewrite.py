@@ -7,8 +7,9 @@ import warnings
 import normfuse
 import pytest
 import torch
-from models import Transformer, ids, trained_like
+from models import Transformer, ids, trained_like, wrong_recognition
 from normfuse import CaptureError, NormfuseError
+from normfuse.passes import Pass, PassResult, VerificationError, canonical, ir
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import prune
@@ -544,3 +545,52 @@ def test_generate_of_transformers_runs_the_rewritten_graph(monkeypatch):
     options = {"max_new_tokens": 4, "do_sample": False}
     assert torch.equal(new.generate(prompt, **options), model.generate(prompt, **options))
     assert len(runs) == 4
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_verification_sees_a_wrong_recognition(model, monkeypatch, weights):
+    monkeypatch.setattr(canonical, "canonicalize", wrong_recognition)
+    kwargs = {"policy": "always", "weights": weights}
+    new, report = normfuse.rewrite(model, (ids(),), **kwargs)
+    assert report.failed_verification and not report.applied
+    assert any("after recognition" in n and "first at blocks.0.norm1" in n for n in report.notes)
+    torch.testing.assert_close(logits(new, ids()), logits(model, ids()))
+    with pytest.raises(VerificationError, match=r"blocks\.0\.norm1.*models\.py:\d+"):
+        normfuse.rewrite(model, (ids(),), strict=True, **kwargs)
+
+
+class Rounded(Pass):
+    """A pass whose result is right in float64 and loses half of float32's digits."""
+
+    name = "rounded"
+
+    def run(self, gm, context):
+        result = PassResult()
+        norm = next(iter(ir.norm_nodes(gm)))
+
+        def plan():
+            def commit():
+                like, x = norm.meta["val"], norm
+                for op, value in (
+                    (torch.ops.aten.add.Scalar, 1000.0),
+                    (torch.ops.aten.sub.Scalar, 1000.0),
+                ):
+                    with gm.graph.inserting_after(x):
+                        x = gm.graph.call_function(op, (x, value))
+                    x.meta["val"] = like
+                norm.replace_all_uses_with(x, delete_user_cb=lambda u: u is not x.args[0])
+
+            return commit
+
+        self.attempt(context, result, norm.meta["site"], plan)
+        return result
+
+
+def test_verification_compares_the_working_error_with_eagers(model):
+    _, report = normfuse.rewrite(model, (ids(),), passes=[Rounded()])
+    error = report.working_error
+    assert report.max_relative_error <= 1e-10 and error["rewritten"] > 4 * error["eager"]
+    assert report.failed_verification
+    assert any("working dtype" in n and f"{error['rewritten']:.1e}" in n for n in report.notes)
+    with pytest.raises(VerificationError, match="working dtype"):
+        normfuse.rewrite(model, (ids(),), passes=[Rounded()], strict=True)
