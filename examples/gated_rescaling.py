@@ -63,6 +63,9 @@ SEARCH: list[dict] = [
     SMALL | {"decay": 0.1, "steps": 1500},
     SMALL | {"lr": 3e-2, "steps": 1500},
     SMALL | {"frozen_gains": True, "steps": 1500},
+    SMALL | {"task": "begin", "lr": 3e-3, "decay": 0.1, "batch": 16, "steps": 2000},
+    SMALL | {"task": "begin", "depth": 6, "heads": 2, "batch": 16, "steps": 1500},
+    SMALL | {"task": "begin", "heads": 8, "length": 128, "lr": 3e-3, "decay": 0.5, "steps": 1500},
 ]
 
 

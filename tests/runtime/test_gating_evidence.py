@@ -70,6 +70,10 @@ def test_the_sentences_hold():
     grown = [r["stream_max_to_median"] for r in RESULT["search"]]
     grown += figures("default", "plain", "stream_max_to_median")
     assert max(grown) < SINK_RATIO
+    assert "no attention sink either, behind a begin token or not" in PAGE
+    assert {r["changes"].get("task", "text") for r in RESULT["search"]} == {"text", "begin"}
+    looked = [r["first_key_mass"] for r in RESULT["search"]]
+    assert max(looked + figures("default", "plain", "first_key_mass")) < SINK_MASS
     assert "lose a little *more* under W4A4 than the plain ones" in PAGE
     assert mean("default", "gated", "w4a4_lost") > mean("default", "plain", "w4a4_lost")
     assert "With a planted sink both kinds of model keep it" in PAGE
