@@ -26,6 +26,8 @@ from typing import Any
 
 import torch
 
+from . import devices
+
 ENV = "NORMFUSE_CACHE_DIR"
 #: Configurations tried per kernel and shape, at most.
 MAX_CONFIGS = 8
@@ -204,6 +206,10 @@ def valid(plan: Any, entry: dict[str, Any]) -> Any:
     if not set(numbers) <= names:
         return plan
     for name, value in numbers.items():
+        if type(getattr(plan, name)) is bool:
+            if type(value) is not bool:
+                return plan
+            continue
         if type(value) is not int or not 1 <= value <= 65536:
             return plan
         if name != "splits" and name.startswith(("block", "num_warps")) and value & (value - 1):
@@ -218,8 +224,11 @@ def valid(plan: Any, entry: dict[str, Any]) -> Any:
     return dataclasses.replace(plan, **numbers)
 
 
-def candidates(plan: Any) -> list[Any]:
-    """At most :data:`MAX_CONFIGS` plans near ``plan``, itself first."""
+def candidates(plan: Any, descriptors: bool = False) -> list[Any]:
+    """At most :data:`MAX_CONFIGS` plans near ``plan``, itself first.
+
+    ``descriptors``: the device can load tiles by tensor descriptors, which many rows may gain from.
+    """
     out = [plan]
 
     def add(**changes: Any) -> None:
@@ -227,6 +236,9 @@ def candidates(plan: Any) -> list[Any]:
         if other not in out and len(out) < MAX_CONFIGS:
             out.append(other)
 
+    if descriptors and getattr(plan, "regime", "") == "large":
+        add(descriptors=True)
+        add(descriptors=True, num_stages=plan.num_stages + 1)
     warps = plan.num_warps
     for other in (warps * 2, warps // 2):
         if 1 <= other <= 16:
@@ -276,7 +288,7 @@ def tune(
     before = plans.get(name)
     best, best_time = plan, float("inf")
     try:
-        for candidate in candidates(plan):
+        for candidate in candidates(plan, devices.descriptors(device)):
             plans[name] = dataclasses.asdict(candidate)
             try:
                 t = seconds()

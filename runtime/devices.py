@@ -80,6 +80,22 @@ def unsupported(device: torch.device) -> str | None:
     return f"{found.name} has compute capability {found.major}.{found.minor}, they need 8.0"
 
 
+@functools.cache
+def descriptors(device: torch.device) -> bool:
+    """Whether kernels can load tiles by tensor descriptors: the hardware, and this triton."""
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
+        return False
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        return False
+    if not hasattr(tl, "make_tensor_descriptor") or not hasattr(triton, "set_allocator"):
+        return False
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return _properties(index).major >= 9
+
+
 def find(device: torch.device | str) -> Device | None:
     """The table's row for a device, ``None`` for one we know nothing about."""
     device = torch.device(device)

@@ -18,7 +18,8 @@ import triton.language as tl
 from .norm import affine, round_to
 
 # Helpers take what belongs together as tuples: ``at`` = (rows, columns, their masks), ``vectors`` =
-# (gain, bias), ``CASTS`` = (has gain, has bias, rounding of the norm, of the gain, of the bias).
+# (gain, bias). ``CASTS`` is one number, since flags inside a tuple count as true whatever they are:
+# has gain, has bias (one bit each), rounding of the norm, of the gain, of the bias (two bits each).
 
 
 @triton.jit
@@ -43,12 +44,21 @@ def load_down(down, c, k, cols, rank, c_mask):
 
 
 @triton.jit
-def load_normed(x, vectors, rstd, at, stride, CASTS):
+def load_normed(x, vectors, rstd, at, stride, CASTS: tl.constexpr):
     """Of a chunk of columns: normalized x, and y after gain and bias, both float32."""
     r, c, r_mask, c_mask = at
     h = load_rows(x, r, c, stride, r_mask, c_mask) * rstd[:, None]
     y = affine(
-        h, vectors[0], vectors[1], c, c_mask, CASTS[0], CASTS[1], CASTS[2], CASTS[3], CASTS[4]
+        h,
+        vectors[0],
+        vectors[1],
+        c,
+        c_mask,
+        CASTS & 1 == 1,
+        CASTS & 2 == 2,
+        CASTS >> 2 & 3,
+        CASTS >> 4 & 3,
+        CASTS >> 6 & 3,
     )
     return h, y
 
@@ -86,7 +96,7 @@ def gated_fwd(
     k = tl.arange(0, BLOCK_K)
     r_mask = r < rows
     vectors = (gain, bias)
-    CASTS = (HAS_GAIN, HAS_BIAS, NORM_DT, GAIN_DT, BIAS_DT)
+    CASTS: tl.constexpr = HAS_GAIN + 2 * HAS_BIAS + 4 * NORM_DT + 16 * GAIN_DT + 64 * BIAS_DT
     total = tl.zeros((BLOCK_R,), tl.float32)
     for start in range(0, cols, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
@@ -117,7 +127,19 @@ def gated_fwd(
 
 @triton.jit
 def gate_chunk(
-    x, dout, vectors, up, s, rstd, at, k, rank, strides, GATE: tl.constexpr, CASTS, PRECISION
+    x,
+    dout,
+    vectors,
+    up,
+    s,
+    rstd,
+    at,
+    k,
+    rank,
+    strides,
+    GATE: tl.constexpr,
+    CASTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Of a chunk of columns, recomputed: normalized x, y, the gradient straight through the gate,
     the gradient of the gate's pre-activation, and the piece of ``up``."""
@@ -145,8 +167,8 @@ def row_chunk(
     rank,
     strides,
     GATE: tl.constexpr,
-    CASTS,
-    PRECISION,
+    CASTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Of a chunk of columns: normalized x, and the gradient that reaches it."""
     h, _y, dy, _dz, _u = gate_chunk(
@@ -154,7 +176,7 @@ def row_chunk(
     )
     d = load_down(down, at[1], k, cols, rank, at[3]).to(s.dtype)
     w = tl.dot(dt, d, dy, input_precision=PRECISION)
-    if CASTS[0]:
+    if CASTS & 1 == 1:
         w = w * tl.load(vectors[0] + at[1], mask=at[3], other=0.0).to(tl.float32)[None, :]
     return h, w
 
@@ -195,7 +217,7 @@ def gated_bwd_rows(
     t_mask = r_mask[:, None] & (k[None, :] < rank)
     vectors = (gain, bias)
     strides = (x_stride, do_stride)
-    CASTS = (HAS_GAIN, HAS_BIAS, NORM_DT, GAIN_DT, BIAS_DT)
+    CASTS: tl.constexpr = HAS_GAIN + 2 * HAS_BIAS + 4 * NORM_DT + 16 * GAIN_DT + 64 * BIAS_DT
     rstd = tl.load(stats + r, mask=r_mask, other=0.0)
     t = tl.load(t_in + r[:, None] * rank + k[None, :], mask=t_mask, other=0.0)
     sig = tl.sigmoid(t)
@@ -274,7 +296,7 @@ def gated_bwd_columns(
     c_mask = c < cols
     vectors = (gain, bias)
     strides = (x_stride, do_stride)
-    CASTS = (HAS_GAIN, HAS_BIAS, NORM_DT, GAIN_DT, BIAS_DT)
+    CASTS: tl.constexpr = HAS_GAIN + 2 * HAS_BIAS + 4 * NORM_DT + 16 * GAIN_DT + 64 * BIAS_DT
     d = load_down(down, c, k, cols, rank, c_mask).to(dtype)
     sum_g = tl.zeros((BLOCK_C,), tl.float32)
     sum_b = tl.zeros((BLOCK_C,), tl.float32)

@@ -63,6 +63,109 @@ def affine_rows(
 
 
 @triton.jit
+def store_tile(
+    acc,
+    acc2,
+    s1,
+    s2,
+    x,
+    w,
+    w2,
+    colsum,
+    colsum2,
+    bias,
+    bias2,
+    scale,
+    out,
+    stats,
+    m,
+    n,
+    is_first,
+    M,
+    N,
+    K,
+    x_stride,
+    w_stride,
+    w_stride_k,
+    EPS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    STATS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DUAL: tl.constexpr,
+    ACT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """From products and sums to results; a LayerNorm tile that cancels is multiplied again, centered.
+
+    ``m``, ``n`` are the tile's int64 row and column numbers; statistics are stored if ``is_first``.
+    """
+    m_mask = m < M
+    n_mask = n < N
+    # what the epilogue subtracts is the mean of what was multiplied
+    shift = s1 / K
+    second = shift
+    if STATS == 0:
+        rstd = tl.load(scale + m, mask=m_mask, other=0.0).to(tl.float32)
+    elif STATS == 1:
+        rstd = tl.rsqrt(s2 / K + EPS)
+    elif STATS == 3:
+        rstd = tl.rsqrt((s2 + s1 * s1) / (K + 1) + EPS)
+        second = s1
+    else:
+        var = tl.maximum(s2 / K - shift * shift, 0.0)
+        if tl.max((shift * shift > LIMIT * var).to(tl.int32), axis=0) > 0:
+            acc, acc2, s1, s2 = centered_product(
+                x,
+                w,
+                w2,
+                m,
+                n,
+                m_mask,
+                n_mask,
+                K,
+                shift,
+                x_stride,
+                w_stride,
+                w_stride_k,
+                DUAL,
+                EVEN_K,
+                PRECISION,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+            )
+            shift = s1 / K
+            var = s2 / K - shift * shift
+        rstd = tl.rsqrt(var + EPS)
+    y = epilogue(
+        acc,
+        acc2,
+        rstd,
+        shift,
+        colsum,
+        colsum2,
+        bias,
+        bias2,
+        n,
+        n_mask,
+        STATS == 2,
+        HAS_BIAS,
+        DUAL,
+        ACT,
+    )
+    tl.store(out + m[:, None] * N + n[None, :], y, mask=m_mask[:, None] & n_mask[None, :])
+    if STATS >= 1:
+        first = m_mask & is_first
+        tl.store(stats + m, rstd, mask=first)
+        if STATS >= 2:
+            tl.store(stats + M + m, second, mask=first)
+
+
+@triton.jit
 def norm_linear_kernel(
     x,
     w,
@@ -123,64 +226,42 @@ def norm_linear_kernel(
         BLOCK_N,
         BLOCK_K,
     )
-    # what the epilogue subtracts is the mean of what was multiplied
-    shift = s1 / K
-    second = shift
-    if STATS == 0:
-        rstd = tl.load(scale + m, mask=m_mask, other=0.0).to(tl.float32)
-    elif STATS == 1:
-        rstd = tl.rsqrt(s2 / K + EPS)
-    elif STATS == 3:
-        rstd = tl.rsqrt((s2 + s1 * s1) / (K + 1) + EPS)
-        second = s1
-    else:
-        var = tl.maximum(s2 / K - shift * shift, 0.0)
-        if tl.max((shift * shift > LIMIT * var).to(tl.int32), axis=0) > 0:
-            acc, acc2, s1, s2 = centered_product(
-                x,
-                w,
-                w2,
-                m,
-                n,
-                m_mask,
-                n_mask,
-                K,
-                shift,
-                x_stride,
-                w_stride,
-                w_stride_k,
-                DUAL,
-                EVEN_K,
-                PRECISION,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-            )
-            shift = s1 / K
-            var = s2 / K - shift * shift
-        rstd = tl.rsqrt(var + EPS)
-    y = epilogue(
+    store_tile(
         acc,
         acc2,
-        rstd,
-        shift,
+        s1,
+        s2,
+        x,
+        w,
+        w2,
         colsum,
         colsum2,
         bias,
         bias2,
+        scale,
+        out,
+        stats,
+        m,
         n,
-        n_mask,
-        STATS == 2,
+        tile_n == 0,
+        M,
+        N,
+        K,
+        x_stride,
+        w_stride,
+        w_stride_k,
+        EPS,
+        LIMIT,
+        STATS,
         HAS_BIAS,
         DUAL,
         ACT,
+        EVEN_K,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
     )
-    tl.store(out + m[:, None] * N + n[None, :], y, mask=m_mask[:, None] & n_mask[None, :])
-    if STATS >= 1:
-        first = m_mask & (tile_n == 0)
-        tl.store(stats + m, rstd, mask=first)
-        if STATS >= 2:
-            tl.store(stats + M + m, second, mask=first)
 
 
 @triton.jit

@@ -78,7 +78,7 @@ def norm_backward(rows: Any, cols: Any, processors: int) -> NormPlan:
 
 @dataclass(frozen=True)
 class GemmPlan:
-    """Tiles of a product; ``splits > 1`` divides K."""
+    """Tiles of a product; ``splits > 1`` divides K, ``descriptors`` means the persistent kernel."""
 
     regime: str
     block_m: int
@@ -88,6 +88,7 @@ class GemmPlan:
     num_stages: int
     splits: int = 1
     group: int = 8
+    descriptors: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -124,11 +125,10 @@ def gemm(
             tiles = cdiv(n, block_n) * cdiv(m, block_m)
             splits = max(min(2 * processors // max(tiles, 1), k // (4 * block_k), 16), 1)
         return GemmPlan("decode", block_m, block_n, block_k, warps, stages, splits, 1)
+    regime = "medium" if not _static(m) or m <= 512 else "large"
     if dual:
-        return (
-            GemmPlan("medium", 64, 64, 32, 8, 3) if wide else GemmPlan("medium", 64, 128, 64, 8, 3)
-        )
-    if not _static(m) or m <= 512:
+        return GemmPlan(regime, 64, 64, 32, 8, 3) if wide else GemmPlan(regime, 64, 128, 64, 8, 3)
+    if regime == "medium":
         if wide:
             return GemmPlan("medium", 64, 64, 32, 4, 3)
         return (

@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import gated, linear, norm, plans, symmetric
+from . import gated, linear, norm, persistent, plans, symmetric
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -84,6 +84,7 @@ class Case:
     num_stages: int = 3
     is_product: bool = False
     x_dtype: str = ""  # of the rows, where it is another
+    targets: tuple[str, ...] = tuple(TARGETS)
 
     @property
     def name(self) -> str:
@@ -94,7 +95,8 @@ class Case:
 class Resources:
     """Per thread registers and spilled bytes; per program shared memory bytes.
 
-    ``mix`` counts the matrix instructions in the code by name, ``instructions`` all of them.
+    ``mix`` counts the matrix instructions in the code by name, and bulk loads by tensor descriptors
+    (``UTMALDG``); ``instructions`` all of them.
     """
 
     registers: int
@@ -105,7 +107,7 @@ class Resources:
 
     @property
     def tensor_core(self) -> int:
-        return sum(self.mix.values())
+        return sum(n for op, n in self.mix.items() if op != "UTMALDG")
 
 
 def cases(dtype: str) -> Iterator[Case]:
@@ -201,6 +203,31 @@ def cases(dtype: str) -> Iterator[Case]:
             p.num_stages,
             True,
             rows,
+        )  # fmt: skip
+    for regime, dual, statistic, rows in (
+        ("large", False, 1, ""),
+        ("large LayerNorm", False, 2, ""),
+        ("large scaled", False, 0, ""),
+        ("large GLU", True, 1, ""),
+        ("large, float32 rows", False, 1, "fp32"),
+        ("large GLU, float32 rows", True, 1, "fp32"),
+    ):
+        if size > 2 or (rows and dtype != "bf16"):
+            continue  # see triton_ops/products.py
+        p = plans.gemm(4096, 4096, 4096, size, 132, dual=dual, mixed=bool(rows))
+        yield Case(
+            persistent.norm_linear_persistent,
+            f"{regime} {p.block_m}×{p.block_n}×{p.block_k}",
+            dtype,
+            {"EPS": 1e-5, "LIMIT": 64.0, "STATS": statistic, "HAS_BIAS": True, "DUAL": dual,
+             "ACT": 2 if dual else 0, "EVEN_K": True, "TRANSPOSED": False, "PRECISION": "ieee",
+             "GROUP": p.group, "BLOCK_M": p.block_m, "BLOCK_N": p.block_n, "BLOCK_K": p.block_k,
+             "w_stride_k": 1},
+            p.num_warps,
+            p.num_stages,
+            True,
+            rows,
+            ("sm_90", "sm_100"),
         )  # fmt: skip
     p = plans.gemm(8, 1024, 8192, size, 132)
     yield Case(
@@ -357,7 +384,7 @@ def read(compiled: Any, target: str) -> Resources:
         int(numbers["REG"]),
         int(numbers["STACK"]) + int(numbers["LOCAL"]),
         shared,
-        _count(r"\b(HMMA|HGMMA|QGMMA|IMMA|UTC\w*MMA)\b", code),
+        _count(r"\b(HMMA|HGMMA|QGMMA|IMMA|UTC\w*MMA|UTMALDG)\b", code),
         len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", code, re.M)),
     )
 
@@ -381,6 +408,8 @@ def table(targets: tuple[str, ...], dtypes: tuple[str, ...]) -> Iterator[str]:
     for dtype in dtypes:
         for case in cases(dtype):
             for target in targets:
+                if target not in case.targets:
+                    continue
                 r = read(build(case, target), target)
                 cells = [
                     f"`{case.name}`", case.regime, dtype, target, case.num_warps, r.registers,

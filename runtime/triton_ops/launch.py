@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.library import triton_op, wrap_triton
@@ -75,8 +76,12 @@ def failures() -> list[str]:
     return sorted(_failed.values())
 
 
-def launch(kernel: Any, grid: tuple, on: Tensor, **arguments: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple, on: Tensor, *, workspace: bool = False, **arguments: Any
+) -> None:
     """Launch on ``on``'s device; as a graph node while tracing, directly under the interpreter.
+
+    ``workspace``: the kernel makes tensor descriptors, which live in memory of the device.
 
     Raises:
         KernelFailed: it could not be compiled or launched.
@@ -99,6 +104,8 @@ def launch(kernel: Any, grid: tuple, on: Tensor, **arguments: Any) -> None:
         raise KernelFailed(_failed[key])
     try:
         with _device_of(on):
+            if workspace and compiled:
+                _give_workspace(on.device)
             wrapped[grid](**arguments)
     except (torch.OutOfMemoryError, KernelFailed):
         raise
@@ -109,6 +116,25 @@ def launch(kernel: Any, grid: tuple, on: Tensor, **arguments: Any) -> None:
         settings = ", ".join(f"{k}={v}" for k, v in options)
         kernel_failures.record(on.device, kernel.__name__, f"{types}; {settings}", str(error))
         raise KernelFailed(_failed[key]) from error
+
+
+def _give_workspace(device: torch.device) -> None:
+    """Let PyTorch's allocator provide what kernels ask for, unless the user chose another one.
+
+    Triton keeps the choice in a context variable, which other threads (backward) do not share: hence
+    at every launch. Compiled graphs do the same by themselves.
+    """
+    from triton.runtime import _allocation
+
+    chosen = getattr(_allocation, "_allocator", None)
+    chosen = chosen.get() if hasattr(chosen, "get") else chosen
+    if chosen is not None and not isinstance(chosen, _allocation.NullAllocator):
+        return
+
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=device)
+
+    triton.set_allocator(allocate)
 
 
 def _device_of(x: Tensor) -> Any:

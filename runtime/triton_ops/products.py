@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import devices
 from ..autotune_cache import tuned
 from ..kernels import linear as kernels
-from ..kernels import plans
+from ..kernels import persistent, plans
 from . import launch as run
 from .launch import launch, rows_of
 from .norms import gradient, normalize, statistics
@@ -90,7 +90,8 @@ def _product(
     stats = x.new_empty((min(code, 2), m), dtype=torch.float32)
     if run.empty(out):
         return out, stats
-    if code != run.KINDS["layer"]:
+    centered = code == run.KINDS["layer"]
+    if not centered:
         colsum = up_colsum = None
     else:
         colsum = _column_sums(weight, colsum)
@@ -136,6 +137,21 @@ def _product(
         "HAS_BIAS": bias is not None,
         "ACT": _CODES[act],
     }
+    if plan.descriptors and _described(x2, weight, up, code):
+        # LayerNorm's second product needs shared memory, too
+        tiling["num_stages"] = min(plan.num_stages, 3) if centered else plan.num_stages
+        launch(
+            persistent.norm_linear_persistent,
+            (min(tiles, devices.processors(x.device)),),
+            x,
+            GROUP=plan.group,
+            TRANSPOSED=weight.stride(1) != 1,
+            workspace=True,
+            **operands,
+            **tiling,
+            **ending,
+        )
+        return out, stats
     if plan.splits == 1:
         launch(
             kernels.norm_linear_kernel,
@@ -176,6 +192,29 @@ def _product(
         **ending,
     )
     return out, stats
+
+
+def _described(x: Tensor, weight: Tensor, up: Tensor | None, code: int) -> bool:
+    """Whether tensor descriptors can hold these operands: rows that begin at multiples of 16 bytes.
+
+    Left to pointers: float32, whose products have no registers left, and LayerNorm of pairs and of
+    rows in another dtype, whose second product does not fit shared memory beside the first.
+    """
+    if weight.dtype == torch.float32:
+        return False
+    if code == run.KINDS["layer"] and (up is not None or x.dtype != weight.dtype):
+        return False
+    inner = 1 if weight.stride(1) == 1 else 0
+    if weight.stride(inner) != 1:
+        return False
+    rows = ((x, 1), (weight, inner), *(() if up is None else ((up, inner),)))
+    return all(_aligned(t, t.stride(1 - dim), t.shape[dim]) for t, dim in rows)
+
+
+def _aligned(t: Tensor, stride: int, length: int) -> bool:
+    real = type(t) in (Tensor, torch.nn.Parameter)
+    begin = t.data_ptr() if real else t.storage_offset() * t.itemsize
+    return stride >= length and stride * t.itemsize % 16 == 0 and begin % 16 == 0
 
 
 def _column_sums(weight: Tensor, given: Tensor | None) -> Tensor:

@@ -63,6 +63,31 @@ def test_any_shape(rows, d, rank, dtype, affine, early, gate_scale):
     )
 
 
+@pytest.mark.parametrize(
+    "dtype, d", [(torch.float32, 16381), (torch.bfloat16, 16384), (torch.float16, 16384)]
+)
+def test_longest_rows(dtype, d):
+    """Large and small rows, rows of zeros, NaN and Inf, and far from zero; each compared by itself."""
+    small, large = (1e-2, 1e2) if dtype == torch.float16 else (1e-6, 1e4)
+    x, gain, bias, down, up = make(7, d, 5, dtype)
+    x[1], x[2], x[3], x[4] = x[1] * small, x[2] * large, 0.0, x[4] + 30
+    x[5, d - 1], x[6, 3] = float("nan"), float("inf")
+    args = (gain, bias, down, up)
+    y = triton_ops.gated_norm(x, *args, 1e-6, 2.0, torch.float32, dtype)[0]
+    casts = {"stat_dtype": torch.float32, "norm_dtype": torch.float32, "out_dtype": dtype}
+    eager = ops.gated_rms_norm(x, [-1], *args, 1e-6, **casts)
+    truth = ops.gated_rms_norm(x.double(), [-1], *(t.double() for t in args), 1e-6)
+    slack = 4e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    for row in range(5):
+        check(y[row], eager[row], truth[row], slack=slack)
+    assert not torch.isfinite(y[5:]).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_long_rows(dtype):
+    compare(make(2, 523, 16, dtype), dtype, torch.float32)
+
+
 def test_rows_shared_by_programs():
     assert plans.gated(150, 40, 8, 4, 132).splits == 3
     compare(make(150, 40, 8, torch.float32), torch.float32, torch.float32)

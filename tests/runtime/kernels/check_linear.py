@@ -32,6 +32,10 @@ def pair(m, n, k, dtype, **options):
     return x, w, b, up, up_bias
 
 
+def double(*tensors):
+    return [t.double() for t in tensors]
+
+
 def ours(x, w, b=None, up=None, up_bias=None, kind="rms", act="identity", eps=1e-5):
     return triton_ops.norm_linear(x, w, b, None, up, up_bias, None, eps, kind, act, None)
 
@@ -181,6 +185,60 @@ def test_more_rows(regime, m):
     x, w, b = make(m, 96, 64, torch.float32)
     for kind in KINDS:
         compare(x, w, b, kind=kind, gradients=False)
+
+
+SCALES = {torch.float32: [1e-6, 1e4], torch.bfloat16: [1e-6, 1e4], torch.float16: [1e-2, 1e2]}
+
+
+@settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(
+    m=st.integers(1, 5),
+    k=st.integers(301, 16384),
+    dtype=st.sampled_from(DTYPES),
+    kind=st.sampled_from(KINDS),
+    scale=st.sampled_from([0, 1]),
+    mean=st.sampled_from([0.0, 3.0]),
+)
+def test_long_rows(m, k, dtype, kind, scale, mean):
+    x, w, b = make(m, 20, k, dtype, scale=SCALES[dtype][scale], mean=mean)
+    compare(x, w, b, kind=kind, gradients=False)
+
+
+LONGEST = [(3, 16384, dtype, kind) for dtype in DTYPES for kind in KINDS]
+LONGEST += [(3, 16383, dtype, "rms") for dtype in DTYPES]
+LONGEST += [(66, 16384, torch.bfloat16, "rms"), (66, 16381, torch.float16, "crms")]
+
+
+@pytest.mark.parametrize("m, k, dtype, kind", LONGEST, ids=str)
+def test_longest_rows(m, k, dtype, kind):
+    """To 16,384 columns, split and not, ragged too: large and small rows, rows of zeros, NaN and Inf,
+    and (LayerNorm) far from zero; each compared by itself."""
+    assert (plans.gemm(m, 20, k, dtype.itemsize, 132).splits > 1) == (m == 3)
+    x, w, b = make(m + 5, 20, k, dtype)
+    small, large = SCALES[dtype]
+    x[1], x[2], x[3] = x[1] * small, x[2] * large, 0.0
+    x[4, k - 1], x[5, 7] = float("nan"), float("-inf")
+    if kind == "layer":
+        x[6] += {torch.float32: 30.0, torch.float16: 10.0}.get(dtype, 100.0)
+    y, _ = ours(x, w, b, kind=kind)
+    eager, truth = reference(x, w, b, kind=kind), reference(*double(x, w, b), kind=kind)
+    assert torch.equal(torch.isfinite(y), torch.isfinite(truth))
+    assert torch.isnan(y[4:6]).all()
+    slack = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    for row in (0, 1, 2, 3, 6, 7):
+        check(y[row], eager[row], truth[row], slack=slack)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_longest_rows_of_pairs_and_given_scales(dtype):
+    k = 16384
+    x, w, b, up, up_bias = pair(2, 20, k, dtype)
+    compare(x, w, b, up, up_bias, act="silu", gradients=False)
+    scale = torch.rand(2, 1) + 0.5
+    y = triton_ops.scaled_linear(x, w, scale, b, None, None, "identity", None)
+    native = ops.scaled_linear(x, w, scale, b, out_dtype=dtype)
+    truth = ops.scaled_linear(*double(x, w, scale, b))
+    check(y, native, truth, slack=2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2)
 
 
 def far_from_zero(m, k, dtype, mean):

@@ -175,6 +175,29 @@ def test_long_rows(kind, cols):
     compare(x, gain, bias, kind, torch.float32, torch.bfloat16)
 
 
+@pytest.mark.parametrize(
+    "dtype, cols", [*((d, 16384) for d in DTYPES), (torch.float32, 16383), (torch.float16, 8193)]
+)
+def test_longest_rows(dtype, cols):
+    """Every dtype to the full range of columns: large and small rows, rows of zeros, NaN and Inf, and
+    far from zero; each compared by itself."""
+    small, large = (1e-2, 1e2) if dtype == torch.float16 else (1e-6, 1e4)
+    x, gain, bias = make((7, cols), dtype)
+    x[1], x[2], x[3], x[4] = x[1] * small, x[2] * large, 0.0, x[4] + 30
+    x[5, cols - 1], x[6, 3] = float("nan"), float("inf")
+    casts = {"stat_dtype": torch.float32, "norm_dtype": torch.float32, "out_dtype": dtype}
+    for kind in KINDS:
+        y, _ = triton_ops.norm(x, gain, bias, 1e-5, kind, torch.float32, dtype)
+        eager = formula(kind, x, gain, bias, **casts)
+        truth = formula(kind, *double(x, gain, bias)).detach()
+        slack = None if dtype == torch.float32 else torch.finfo(dtype).eps / 4
+        for row in range(5):
+            check(y[row], eager[row], truth[row], slack=slack)
+        assert torch.equal(torch.isfinite(y[5:]), torch.isfinite(truth[5:]))
+    residual = make((2, cols), dtype, seed=7)[0]
+    compare(x[[0, 4]], gain, bias, "layer", dtype, dtype, residual=residual)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_long_rows_with_residual_in_float32(kind):
     x, gain, bias = make((2, 16390), torch.float32, mean=100.0)
@@ -242,6 +265,20 @@ def test_unused_outputs():
     assert not stats.requires_grad
     dx, dr = torch.autograd.grad(stream, (x, r), torch.ones_like(stream))
     assert torch.equal(dx, torch.ones_like(x)) and torch.equal(dr, dx)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NATIVE.get)
+@pytest.mark.parametrize("scale", [1e-6, 1e4])
+@pytest.mark.parametrize("cols", [16383, 16384])
+def test_statistic_of_the_longest_rows(dtype, scale, cols):
+    scale = scale if dtype != torch.float16 else scale**0.5
+    x = make((2, cols), dtype, scale)[0]
+    truth = ops.row_rstd(x.double(), [-1], 1e-6)
+    torch.testing.assert_close(triton_ops.row_rstd(x, 1e-6).double(), truth, rtol=1e-6, atol=0)
+    rstd, stream = triton_ops.add_row_rstd(x, x * 2, 1e-6)
+    assert torch.equal(stream, x + x * 2)
+    truth = ops.row_rstd(stream.double(), [-1], 1e-6)
+    torch.testing.assert_close(rstd.double(), truth, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("cols", [90, 16400])

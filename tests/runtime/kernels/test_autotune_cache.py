@@ -110,6 +110,20 @@ def test_candidates_can_all_run():
             assert cache.valid(plan, c.to_dict()) == c
 
 
+def test_descriptors_are_a_candidate_only_where_they_exist():
+    large, few = plans.gemm(4096, 4096, 4096, 2, 132), plans.gemm(8, 4096, 4096, 2, 132)
+    for plan in (large, plans.gemm(4096, 4096, 4096, 2, 132, dual=True)):
+        found = cache.candidates(plan, descriptors=True)
+        assert len(found) <= cache.MAX_CONFIGS and found[0] == plan
+        assert sum(c.descriptors for c in found) == 2
+        for c in found:
+            assert cache.valid(plan, c.to_dict()) == c
+    for plan, there in ((large, False), (few, True), (PLAN, True)):
+        assert not any(getattr(c, "descriptors", 0) for c in cache.candidates(plan, there))
+    assert cache.valid(large, {"descriptors": 1}) == large
+    assert not large.descriptors and not cache.valid(large, {"num_warps": 4}).descriptors
+
+
 def test_fingerprint_follows_the_plans():
     before = cache.fingerprint(CPU)
     cache.store(CPU, {"z": {"block_r": 1}})

@@ -50,6 +50,29 @@ def test_table():
     assert devices.find(torch.device("cpu")) is None
 
 
+@pytest.mark.parametrize(
+    "major, hip, triton_has, wanted",
+    [(9, None, True, True), (10, None, True, True), (8, None, True, False),
+     (9, "6.4", True, False), (9, None, False, False)],
+)  # fmt: skip
+def test_descriptors_need_the_hardware_and_the_triton(monkeypatch, major, hip, triton_has, wanted):
+    language = pytest.importorskip("triton.language")
+
+    class Properties:
+        pass
+
+    Properties.major = major
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(devices, "_properties", lambda index: Properties)
+    if not triton_has:
+        monkeypatch.delattr(language, "make_tensor_descriptor")
+    devices.descriptors.cache_clear()
+    assert devices.descriptors(torch.device("cuda", 0)) is wanted
+    assert not devices.descriptors(torch.device("cpu"))
+    devices.descriptors.cache_clear()
+
+
 @pytest.mark.parametrize("device", devices.TABLE, ids=lambda d: d.name)
 def test_model_takes_small_and_declines_large(device):
     wide, gated = devices.Layer(16384), devices.Layer(16384, dual=True, epilogue=True)
