@@ -311,8 +311,8 @@ def batched_products(dtype: str, tf32: bool = False) -> Iterator[Case]:
             return  # one plan for every side
 
 
-def build(case: Case, target: str) -> Any:
-    """The compiled kernel for a target, by cross-compilation."""
+def build(case: Case, target: str, reals: str = "fp32") -> Any:
+    """The compiled kernel for a target, by cross-compilation; ``reals``: how numbers are passed."""
     present = {k: v for k, v in case.constants.items()}
     signature, constants = {}, {}
     for i, name in enumerate(case.kernel.arg_names):
@@ -322,7 +322,7 @@ def build(case: Case, target: str) -> Any:
         elif name in _NUMBERS or "stride" in name:
             signature[name] = "i32"
         elif name in _REALS:
-            signature[name] = "fp32"
+            signature[name] = reals
         elif name in _FLOAT32 or (name in ("dgain", "dbias", "ddown", "dup")):
             signature[name] = "*fp32"
         elif name == "x" and case.x_dtype:

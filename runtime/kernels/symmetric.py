@@ -127,12 +127,13 @@ def batched_product(
         BLOCK_K,
         x_stride_k,
     )
-    y = acc * alpha
+    # Inductor passes Python numbers as float64, in which a whole tile would be computed
+    y = acc * tl.cast(alpha, tl.float32)
     mask = m_mask[:, None] & n_mask[None, :]
     if HAS_BASE:
         base += batch * base_batch_stride
         at = base + m[:, None] * base_stride + n[None, :] * base_stride_n
-        y += beta * tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        y += tl.cast(beta, tl.float32) * tl.load(at, mask=mask, other=0.0).to(tl.float32)
     y = y.to(out.dtype.element_ty)
     out += batch * M * N
     if SYMMETRIC:

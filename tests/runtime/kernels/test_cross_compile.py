@@ -73,6 +73,14 @@ def test_sample(name, regime, target):
     assert ("UTMALDG" in r.mix) == (name == "norm_linear_persistent")
 
 
+def test_numbers_passed_in_float64_are_not_computed_with():
+    """Inductor passes them so."""
+    case = next(c for c in all_cases("bf16") if c.regime.startswith("bA + cA² 128"))
+    ptx = resources.build(case, "sm_90", reals="fp64").asm["ptx"]
+    assert "cvt.rn.f32.f64" in ptx
+    assert not re.search(r"(mul|fma|add)(\.rn)?\.f64", ptx)
+
+
 def committed():
     """The table's rows by kernel, regime, dtype and target."""
     out = {}
