@@ -126,6 +126,8 @@ class Pass:
     promise: ClassVar[str] = "exact"
     #: a sentence for the report of every run that rewrites something (set by presets)
     note: str = ""
+    #: says something about the graph after all passes, or nothing (set by presets)
+    closing: Callable[[fx.GraphModule, Report], str] | None = None
 
     def __init__(self, **options: Any) -> None:
         self.options = options
@@ -345,6 +347,7 @@ class PassManager:
             said += result.warnings
             if p.note and result.modified and p.note not in report.notes:
                 report.notes.append(p.note)
+        report.notes += [text for p in self.passes if p.closing and (text := p.closing(gm, report))]
         if said:
             warnings.warn("; ".join(dict.fromkeys(said)), NormfuseWarning, stacklevel=4)
 

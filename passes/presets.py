@@ -7,6 +7,7 @@ from typing import Any
 
 from .errors import NormfuseError
 from .manager import Pass, instantiate, registry
+from .rotation import gaps
 
 #: Order matters: affines fold first, means go next, then the row scale moves, then linears merge.
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -52,6 +53,7 @@ def resolve(passes: str | Iterable[Any]) -> list[Pass]:
         if passes == "rotation_ready":
             for p in chosen:
                 p.note = ROTATION_NOTE if p.name == "fold_affine" else ""
+            chosen[-1].closing = gaps
         return chosen
     return [instantiate(p) for p in passes]
 

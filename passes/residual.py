@@ -16,7 +16,7 @@ Building all streams of a graph takes time linear in its size.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -403,17 +403,21 @@ def _is_add(node: Any) -> bool:
 
 def streams(gm: fx.GraphModule) -> list[Stream]:
     """All residual streams of a canonicalized graph: one per connected family of norm inputs."""
+    norms = ((Axis(tuple(ir.NormArgs(n).dims)), n) for n in ir.norm_nodes(gm))
+    return streams_of(gm, ((x, axis) for axis, norm in norms for x in _norm_inputs(norm)))
+
+
+def streams_of(gm: fx.GraphModule, values: Iterable[tuple[fx.Node, Axis]]) -> list[Stream]:
+    """The residual streams that these values belong to, each once."""
     builder = _Builder(gm)
     found: list[Stream] = []
     owner: set[tuple[fx.Node, Axis]] = set()
-    for norm in ir.norm_nodes(gm):
-        axis = Axis(tuple(ir.NormArgs(norm).dims))
-        for x in _norm_inputs(norm):
-            if (x, axis) in owner or builder.is_weight(x) or not axis.fits(ir.shape(x)):
-                continue
-            stream = builder.grow(x, axis)
-            owner.update(stream.values.items())
-            found.append(stream)
+    for x, axis in values:
+        if (x, axis) in owner or builder.is_weight(x) or not axis.fits(ir.shape(x)):
+            continue
+        stream = builder.grow(x, axis)
+        owner.update(stream.values.items())
+        found.append(stream)
     _name(found)
     return found
 
