@@ -5,12 +5,15 @@
 Rows: the norm op alone and a whole pre-RMSNorm decoder (``models.py``) with a gate behind every norm.
 Columns: eager (unfused), Inductor, and the normfuse backend, each plain and gated. Runs are interleaved
 round by round; the figure is the median over rounds of the per-round ratio gated/plain, with its
-quartiles. Memory: new parameters, and what the forward keeps for the backward.
+quartiles. Memory: new parameters, what the forward keeps for the backward, and page faults per step (each
+is a page that the allocator had given back; set glibc's ``MALLOC_TRIM_THRESHOLD_`` and
+``MALLOC_MMAP_THRESHOLD_`` to see the step without them).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import time
@@ -60,6 +63,15 @@ def saved_bytes(module: nn.Module, x: torch.Tensor) -> int:
     return sum(sizes.values())
 
 
+def page_faults() -> int:
+    """Of this process so far, without those that read a disk; 0 where the system does not say."""
+    with contextlib.suppress(ImportError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    return 0
+
+
 def clock(device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -70,20 +82,23 @@ def compare(model: nn.Module, x: torch.Tensor, backends: list[str], rounds: int)
     """Seconds per training step of each variant, rounds interleaved; errors are recorded as such."""
     device = x.device.type
     timed: dict[str, list[float]] = {}
+    faults: dict[str, list[int]] = {}
     failed: dict[str, str] = {}
     modules = variants(model, x, backends)
     for name, module in modules.items():
         try:
             for _ in range(3):
                 step(module, x)
-            timed[name] = []
+            timed[name], faults[name] = [], []
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     for _ in range(rounds):
         for name, seconds in timed.items():
+            before = page_faults()
             start = clock(device)
             step(modules[name], x)
             seconds.append(clock(device) - start)
+            faults[name].append(page_faults() - before)
     rows = {}
     for backend in backends:
         plain, gated = timed.get(f"{backend} plain"), timed.get(f"{backend} gated")
@@ -100,6 +115,7 @@ def compare(model: nn.Module, x: torch.Tensor, backends: list[str], rounds: int)
         }
         for name in ("plain", "gated"):
             rows[backend][f"{name}_saved_bytes"] = saved_bytes(modules[f"{backend} {name}"], x)
+            rows[backend][f"{name}_page_faults"] = statistics.median(faults[f"{backend} {name}"])
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
                 step(modules[f"{backend} {name}"], x)
@@ -148,7 +164,8 @@ def main() -> None:
                 f"  {backend:10} plain {r['plain_ms']:8.2f} ms  gated {r['gated_ms']:8.2f} ms  "
                 f"ratio {r['ratio']:.3f} [{r['quartiles'][0]:.3f}, {r['quartiles'][1]:.3f}]  "
                 f"kept for backward {r['plain_saved_bytes'] / 1e6:.1f} and "
-                f"{r['gated_saved_bytes'] / 1e6:.1f} MB"
+                f"{r['gated_saved_bytes'] / 1e6:.1f} MB  "
+                f"page faults {r['plain_page_faults']:.0f} and {r['gated_page_faults']:.0f}"
             )
         extra = rows["new_parameter_bytes"] / rows["parameter_bytes"]
         print(f"  gates add {rows['new_parameter_bytes']:,} bytes of parameters ({extra:.1%})")
