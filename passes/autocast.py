@@ -18,7 +18,6 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import ir
-from .errors import Unsupported
 
 aten = torch.ops.aten
 
@@ -151,9 +150,7 @@ def make_explicit(gm: fx.GraphModule, settings: tuple[Autocast, ...] = ()) -> bo
         current = [s for _, s in stack]
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             if any(s.enabled for s in current):
-                raise Unsupported(
-                    f"{ir.describe(node)} runs under autocast, whose casts inside it are not explicit"
-                )
+                node.meta["autocast"] = tuple(current)  # whatever happens inside it
             continue
         if not isinstance(node.target, torch._ops.OpOverload) or "val" not in node.meta:
             continue
@@ -180,6 +177,31 @@ def make_explicit(gm: fx.GraphModule, settings: tuple[Autocast, ...] = ()) -> bo
         if node.op == "call_function" and node.target is _ENTER:
             graph.erase_node(node)
     return True
+
+
+def restore(gm: fx.GraphModule) -> None:
+    """Put opaque ops back under the autocast they were under, right before the graph is run.
+
+    Nothing may move afterwards: what stands between would be cast, too.
+    """
+    graph = gm.graph
+    for node in list(graph.nodes):
+        settings = node.meta.pop("autocast", ())
+        if not settings:
+            continue
+        own = {k: node.meta[k] for k in ("region", "nn_module_stack", "stack_trace", "module")
+               if k in node.meta}  # fmt: skip
+        with graph.inserting_before(node):
+            entered = [
+                graph.call_function(_ENTER, (s.device_type, s.dtype, s.enabled, False))
+                for s in settings
+            ]
+        at = node
+        for region in reversed(entered):
+            with graph.inserting_after(at):
+                at = graph.call_function(_EXIT, (region,))
+            region.meta.update(own)
+            at.meta.update(own)
 
 
 def _memo_key(node: fx.Node, settings: list[Autocast]) -> tuple:

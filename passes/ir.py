@@ -181,6 +181,20 @@ def is_weight_expr(node: Any, _memo: dict[fx.Node, bool] | None = None) -> bool:
     return memo[node]
 
 
+def why_no_weight(*nodes: Any) -> str:
+    """Why (one of) these tensors is no weight that could be folded, as the end of a sentence."""
+    stack = [n for n in nodes if isinstance(n, fx.Node)]
+    seen: set[fx.Node] = set()
+    while stack:
+        n = stack.pop()
+        if "nonfinite" in n.meta:
+            return f"is not finite: {n.meta.get('fqn', n.name)} holds Inf or NaN"
+        if n not in seen and len(seen) < 64:
+            seen.add(n)
+            stack.extend(n.all_input_nodes)
+    return "is computed from activations"
+
+
 def module_path(node: fx.Node) -> str:
     return node.meta.get("module", "")
 

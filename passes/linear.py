@@ -187,6 +187,11 @@ def is_weight(node: Any) -> bool:
     return ir.is_weight_expr(node, memo)
 
 
+def forget(graph: fx.Graph) -> None:
+    """Which nodes are weights has changed."""
+    _memos.pop(graph, None)
+
+
 def match_linear(node: Any) -> Linear | None:
     """The linear layer that ``node`` computes, or ``None``.
 

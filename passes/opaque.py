@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from . import ir
+from .func_transforms import transform_of
 from .report import Site
 
 #: Names under which norms are called, in functional and in ATen spelling.
@@ -73,11 +74,14 @@ def opaque_sites(gm: fx.GraphModule) -> tuple[list[Site], list[str]]:
     sites: list[Site] = []
     notes: list[str] = []
     for node in opaque_nodes(gm):
-        name = str(node.target)
+        held = bodies(gm, node)
+        transform = transform_of(node, held[0] if held else None)
+        name = str(node.target) if transform is None else f"torch.func ({transform})"
+        what = f"higher-order op {name}" if transform is None else f"transform {name}"
         place = f" at {ir.where(node)}" if ir.where(node) else ""
-        inside = [n for g in bodies(gm, node) for n in g.graph.nodes if _is_norm_call(n)]
+        inside = [n for g in held for n in g.graph.nodes if _is_norm_call(n)]
         counted = f"; {len(inside)} norms inside were not looked at" if inside else ""
-        notes.append(f"the higher-order op {name}{place} was left as it is{counted}")
+        notes.append(f"the {what}{place} was left as it is{counted}")
         for i, n in enumerate(inside):
             sites.append(
                 Site(

@@ -28,7 +28,7 @@ from .axis import (
     users,
 )
 from .errors import Refuse
-from .linear import Linear, WeightBuilder, is_weight, match_features, table_user
+from .linear import Linear, WeightBuilder, is_weight, leaf_of, match_features, table_user
 
 aten = torch.ops.aten
 
@@ -115,12 +115,19 @@ def follow_readers(value: fx.Node, axis: Axis) -> tuple[list[Reading], list[Bloc
                 continue
             found = _through(user, at, where)
             if found is None:
-                blocked.append(Blocked(user, "is not a linear layer of these features"))
+                blocked.append(Blocked(user, _why_not_through(user, at)))
             elif user not in seen:
                 seen.add(user)
                 changed = shift or (None if keeps_shift(user) else user)
                 stack.append((user, found, (*path, user), changed))
     return readings, blocked
+
+
+def _why_not_through(user: fx.Node, value: fx.Node) -> str:
+    others = [leaf_of(a) for a in user.all_input_nodes if a is not value]
+    if any("nonfinite" in leaf.meta for leaf in others):
+        return f"multiplies by a weight that {ir.why_no_weight(*others)}"
+    return "is not a linear layer of these features"
 
 
 def _why_not(linear: Linear, value: fx.Node, axis: Axis) -> str | None:
@@ -129,7 +136,7 @@ def _why_not(linear: Linear, value: fx.Node, axis: Axis) -> str | None:
     if axis.dims != (linear.feature_in,):
         return f"is a linear layer along another dim than the features ({axis})"
     if not is_weight(linear.weight):
-        return "multiplies by a matrix that is computed from activations"
+        return f"multiplies by a matrix that {ir.why_no_weight(linear.weight)}"
     return None
 
 
@@ -209,7 +216,7 @@ def check_readers(
             if r.changes_shift is not None:
                 raise Refuse("an op before a reader does not keep the shift", r.changes_shift)
             if r.linear.bias is not None and not is_weight(r.linear.bias):
-                raise Refuse("the bias of a reader is computed from activations", node)
+                raise Refuse(f"the bias of a reader {ir.why_no_weight(r.linear.bias)}", node)
         table = table_user(r.linear.weight)
         if table is not None and not copy_tied:
             raise Refuse(

@@ -7,9 +7,9 @@ Three treatments, by what the op means:
   region. Passes and the residual stream see one flat graph. :func:`outline` gathers each region again
   afterwards: recomputation, selective policies and the handling of random numbers stay PyTorch's own.
 - *Regions that only organise compilation* (``nested_compile_region``) are laid out for good.
-- *Everything else* (control flow, flex attention, ``autograd.Function``, user kernels…) stays one
-  opaque node: what it reads is read raw, what it may write is left alone, norms inside are not looked
-  at and the report says so.
+- *Everything else* (control flow, flex attention, ``autograd.Function``, user kernels, sections under
+  a transform of ``torch.func``, see ``func_transforms.py``) stays one opaque node: what it reads is read
+  raw, what it may write is left alone, norms inside are not looked at and the report says so.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 
 from . import ir
 from .errors import Unsupported
+from .func_transforms import enclose
 from .paths import clean_path
 from .weights import program_nodes
 
@@ -79,7 +80,7 @@ class Retrace(fx.Interpreter):
         fake_mode: Any,
         parent: int | None = None,
     ) -> None:
-        super().__init__(gm)
+        super().__init__(enclose(gm))
         self._regions, self._mode, self._parent = regions, fake_mode, parent
         self._node: fx.Node | None = None
         self._first_names: dict[int, list[str]] = {}  # operands of the first call, by body
@@ -92,11 +93,6 @@ class Retrace(fx.Interpreter):
         node = self._node
         assert node is not None
         if not isinstance(target, torch._ops.HigherOrderOperator):
-            if getattr(target, "__name__", "").endswith("_increment_nesting"):
-                # a trace runs through the batching (or differentiation) and loses it
-                raise Unsupported(
-                    f"the graph holds a transform of torch.func (vmap, grad…): {node}"
-                )
             return super().call_function(target, args, kwargs)
         skip = _LAID_OUT.get(target)
         if skip is None or not isinstance(args[0], fx.GraphModule):

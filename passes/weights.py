@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from . import ir
+from .linear import forget
 
 
 def program_nodes(gm: fx.GraphModule) -> list[fx.Node]:
@@ -33,6 +34,47 @@ def program_nodes(gm: fx.GraphModule) -> list[fx.Node]:
         wanted.add(n)
         stack.extend(n.all_input_nodes)
     return [n for n in gm.graph.nodes if n in wanted]
+
+
+def keep_nonfinite(gm: fx.GraphModule, inputs: Sequence[Any] = ()) -> list[str]:
+    """Take weights that hold Inf or NaN out of what passes may fold; returns their names.
+
+    ``W (n + β)`` and ``W n + W β`` are the same only for finite numbers. Values are looked at once.
+
+    Args:
+        inputs: the tensors of the graph's placeholders, as far as weights are among them.
+    """
+    leaves: list[tuple[fx.Node, torch.Tensor]] = []
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=False):
+        leaves.append((node, value))
+    for node in gm.graph.find_nodes(op="get_attr"):
+        leaves.append((node, ir.attribute(gm, node.target)))
+    found: dict[tuple, list[tuple[fx.Node, torch.Tensor]]] = {}
+    for node, value in leaves:
+        if ir.is_weight(node) and _readable(value):
+            found.setdefault((value.device, value.dtype), []).append((node, value.detach()))
+    names: list[str] = []
+    for (device, _), group in found.items():
+        with torch.no_grad(), _autocast_off({device.type}):
+            sizes = torch._foreach_norm([v for _, v in group], float("inf"))
+            finite = torch.isfinite(torch.stack(sizes)).tolist()
+        for (node, _), fine in zip(group, finite, strict=True):
+            if not fine:
+                node.meta["kind"], node.meta["nonfinite"] = "input", True
+                names.append(str(node.meta.get("fqn", node.name)))
+    if names:
+        forget(gm.graph)
+    return names
+
+
+def _readable(value: Any) -> bool:
+    return (
+        type(value) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+        and value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        and value.layout is torch.strided
+        and not value.is_meta
+        and value.numel() > 0
+    )
 
 
 def mark_recompute(gm: fx.GraphModule) -> None:

@@ -23,20 +23,23 @@ from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext
 
 from ..passes import ir
-from ..passes.autocast import ambient, disabled
+from ..passes.autocast import ambient, disabled, restore
 from ..passes.capture import capture_fx, finish, mark_dynamo_leaves
 from ..passes.errors import NormfuseError, Unsupported, VerificationError
+from ..passes.func_transforms import release
 from ..passes.manager import Context, PassManager, copy_graph
+from ..passes.paths import user_frame
 from ..passes.presets import resolve
 from ..passes.report import Report
 from ..passes.subgraphs import dissolve, emit_dynamo, outline
 from ..passes.verify import check_recognition, check_working
-from ..passes.weights import WeightCache, mark_recompute, split
+from ..passes.weights import WeightCache, keep_nonfinite, mark_recompute, split
 from . import autotune_cache, kernel_failures, lower_checks
 from .lower import expand
 from .lower_kernels import lower_to_kernels, summary
 from .options import Options, parse
 from .provenance import source_hash, trace_artifact
+from .rewrite import left_alone
 
 log = logging.getLogger("normfuse")
 
@@ -173,6 +176,8 @@ class Program:
             # tuned plans are chosen inside op bodies, which compile-cache keys do not see
             tag += autotune_cache.fingerprint(_where(inputs))
         expand(self.gm)
+        restore(self.gm)
+        release(self.gm)
         outline(self.gm, emit_dynamo)
         self.gm.recompile()
         trace_artifact("normfuse_after", lambda: self.gm.print_readable(print_output=False))
@@ -254,14 +259,7 @@ def rewrite_dynamo(
     gm: fx.GraphModule, inputs: Sequence[Any], settings: Options, report: Report
 ) -> Program | None:
     """Capture, recognize and rewrite one Dynamo graph; ``None`` if it should stay as it is."""
-    for x in inputs:
-        if isinstance(x, torch.Tensor) and type(x) not in (
-            torch.Tensor,
-            torch.nn.Parameter,
-            torch.nn.Buffer,
-            torch._subclasses.FakeTensor,
-        ):
-            raise Unsupported(f"an input is a {type(x).__name__} (sharded, quantized…)")
+    _only_plain_tensors(gm, inputs)
     tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
     if not tensors:
         return None
@@ -283,6 +281,7 @@ def rewrite_dynamo(
         sites = finish(traced, autocast=ambient(), remember=settings.verify)
         report.sites.extend(sites)
         report.notes += traced.meta["notes"]
+        report.notes += left_alone(keep_nonfinite(traced, inputs))
         context = Context(
             training=training,
             device=_where(tensors).type,
@@ -352,6 +351,22 @@ def _failed(report: Report, reason: str) -> VerificationError:
     report.failed_verification = True
     refuse_all(report, "verification failed")
     return VerificationError(f"verification failed {reason}")
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, torch._subclasses.FakeTensor)
+
+
+def _only_plain_tensors(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Raise before anything is traced: a trace of subclasses may leave guards behind."""
+    for x in inputs:
+        if isinstance(x, torch.Tensor) and type(x) not in _PLAIN:
+            raise Unsupported(f"an input is a {type(x).__name__} (sharded, quantized, nested…)")
+    for node in gm.graph.nodes:
+        x = node.meta.get("example_value")
+        if isinstance(x, torch.Tensor) and type(x) not in _PLAIN:
+            frame = user_frame(node.meta.get("stack_trace") or "")
+            place = f" at {frame}" if frame else ""
+            raise Unsupported(f"the graph makes a {type(x).__name__}{place} (sharded, nested…)")
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:

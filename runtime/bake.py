@@ -15,12 +15,13 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ..passes import ir
-from ..passes.autocast import disabled
+from ..passes.autocast import disabled, restore
 from ..passes.capture import capture, out_spec, set_attribute
 from ..passes.errors import NormfuseError
 from ..passes.report import Report
 from ..passes.subgraphs import emit_eager, outline
 from ..passes.weights import lift, split
+from .likeness import address, found, resembling
 from .signature import Signature
 
 if TYPE_CHECKING:
@@ -48,8 +49,10 @@ class BakedModule(nn.Module):
         specs: tuple[pytree.TreeSpec, pytree.TreeSpec],
         autocast: tuple,
         signature: Signature | None,
+        model: tuple[str, str],
     ) -> None:
         super().__init__()
+        self._model = model
         # not a submodule: it holds no state, and must not show up in named_modules()
         self.__dict__["graph_module"] = gm
         self.weight_names, self.folded_names = weight_names, folded_names
@@ -81,9 +84,16 @@ class BakedModule(nn.Module):
         out = list(out) if isinstance(out, (tuple, list)) else [out]
         return pytree.tree_unflatten(out, self._out_spec)
 
+    def __reduce__(self) -> tuple:  # its class is made on the way
+        return _unpickled, self._model, self.__getstate__()
+
     def __getstate__(self) -> dict[str, Any]:
         # fake tensors do not pickle; an unpickled module no longer checks its inputs
         return {**self.__dict__, "_signature": None}
+
+
+def _unpickled(module: str, name: str) -> BakedModule:
+    return object.__new__(found(BakedModule, module, name))
 
 
 def bake(
@@ -127,16 +137,18 @@ def bake(
             folded[name] = tensor.clone()
             if trains:
                 trainable.add(name)
+    restore(lifted)
     if source.training:
         outline(lifted, emit_eager)
     lifted.recompile()
-    module = BakedModule(
+    module = resembling(BakedModule, type(source), source.forward)(
         lifted,
         read,
         list(folded),
         (in_spec, out_spec(gm)),
         gm.meta.get("autocast", ()),
         Signature(gm),
+        address(type(source)),
     )
     for name in read:
         set_attribute(module, name, ir.attribute(gm, name))

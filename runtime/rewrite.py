@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ..passes import ir
-from ..passes.autocast import ambient, disabled
+from ..passes.autocast import ambient, disabled, restore
 from ..passes.capture import capture, checked_args, out_spec, set_attribute, transforming
 from ..passes.errors import CaptureError, NormfuseError, Unsupported, VerificationError
 from ..passes.manager import Context, Pass, PassManager, copy_graph
@@ -22,7 +22,8 @@ from ..passes.presets import policy_of, resolve
 from ..passes.report import Report
 from ..passes.subgraphs import emit_eager, has_regions, outline
 from ..passes.verify import check_recognition, check_working
-from ..passes.weights import WeightCache, lift, split
+from ..passes.weights import WeightCache, keep_nonfinite, lift, split
+from .likeness import resembling
 from .reroute import Reroute
 from .signature import Signature, Weights, layout
 
@@ -76,22 +77,32 @@ class Graph:
         if self._split is None:
             module = fx.GraphModule(self.inline, copy_graph(self.inline.graph))
             program = split(module)
+            restore(module)
             module.recompile()
             self.cache = WeightCache(program) if program is not None else None
             self._split = module
         return self.cache
 
     def _with_regions(self) -> fx.GraphModule:
-        """The graph with its checkpointed regions gathered, if it has any."""
+        """The graph with its checkpointed regions gathered and opaque ops under their autocast."""
+        plain = self._runnable()
         if not has_regions(self.inline):
-            return self.inline
-        module = fx.GraphModule(self.inline, copy_graph(self.inline.graph))
+            return plain
+        module = fx.GraphModule(self.inline, copy_graph(plain.graph))
         module.meta["regions"] = self.inline.meta["regions"]
         try:
             outline(module, emit_eager, weights_inside=True)
         except Unsupported as refusal:
             warnings.warn(f"activations will be kept: {refusal}", stacklevel=5)
+            return plain
+        module.recompile()
+        return module
+
+    def _runnable(self) -> fx.GraphModule:
+        if not any("autocast" in n.meta for n in self.inline.graph.nodes):
             return self.inline
+        module = fx.GraphModule(self.inline, copy_graph(self.inline.graph))
+        restore(module)
         module.recompile()
         return module
 
@@ -138,6 +149,10 @@ class Graph:
         return list(out) if isinstance(out, (tuple, list)) else [out]
 
 
+#: Attributes that a rewritten module has besides the original's.
+_OWN = frozenset({"training", "forward", "report", "reports", "new_parameters"})
+
+
 class RewrittenModule(nn.Module):
     """A model whose forward runs rewritten graphs.
 
@@ -146,11 +161,19 @@ class RewrittenModule(nn.Module):
     submodules do not run: their code was captured). ``train()`` and ``eval()``, of the whole or of
     a submodule, each have their own graphs, captured at first use; so have new input signatures
     (another dtype, structure or a size the capture fixed). Replacing a submodule or untying a weight
-    captures anew. When a signature cannot be captured, the original code runs and a warning says why.
+    captures anew, and so does setting an attribute that is not a weight or a module: it is the
+    original's. When a signature cannot be captured, the original code runs and a warning says why.
+
+    Its class is one of its own that takes docstring and ``forward`` signature from the original's.
 
     Attributes:
         report: of the first graph. ``reports`` holds all of them.
     """
+
+    def __new__(cls, source: nn.Module | None = None, settings: Settings | None = None) -> Any:
+        if cls is RewrittenModule and source is not None:
+            cls = resembling(cls, type(source), source.forward)
+        return super().__new__(cls)
 
     def __init__(self, source: nn.Module, settings: Settings) -> None:
         super().__init__()
@@ -187,20 +210,37 @@ class RewrittenModule(nn.Module):
                 raise
             return reroute.method(name)  # config, generation helpers, user attributes
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name.startswith("_") or name in _OWN or name not in self.__dict__:
+            return
+        source = self._source
+        del self.__dict__[name]
+        if source.__dict__.get(name, _OWN) is not value:
+            setattr(source, name, value)
+            self._forget()
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__ or name not in self._source.__dict__:
+            super().__delattr__(name)
+        else:
+            delattr(self._source, name)
+            self._forget()
+
     def extra_repr(self) -> str:
         return f"rewritten from {type(self._source).__name__}, {len(self._graphs)} graphs"
 
+    def __reduce__(self) -> tuple:  # its class is made on the way
+        return RewrittenModule, (self._source, self._settings), self.__getstate__()
+
     def __getstate__(self) -> dict[str, Any]:
         return {
-            "source": self._source,
-            "settings": self._settings,
             "training": self.training,
             "reports": self.reports,
             "new_parameters": self.new_parameters,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        RewrittenModule.__init__(self, state["source"], state["settings"])
         self.training = state["training"]
         self.reports = state["reports"]
         self.new_parameters = state["new_parameters"]
@@ -234,8 +274,7 @@ class RewrittenModule(nn.Module):
         structure, modes = layout(self)
         replica = "_is_replica" in self.__dict__  # of data parallelism: modules of its own
         if structure != self._structure and not replica:
-            self._graphs.clear()
-            self._captured.clear()
+            self._forget()
         for graph in self._graphs.get((modes, in_spec, ambient()), ()):
             if graph.matches(flat):
                 break
@@ -285,6 +324,11 @@ class RewrittenModule(nn.Module):
     def _differentiated(self, flat: Sequence[Any]) -> bool:
         tensors = (*self.parameters(), *(x for x in flat if isinstance(x, torch.Tensor)))
         return any(t.requires_grad for t in tensors)
+
+    def _forget(self) -> None:
+        """Capture anew from now on."""
+        self._graphs.clear()
+        self._captured.clear()
 
     def _add(self, in_spec: pytree.TreeSpec, graph: Graph) -> None:
         # after the capture: passes may have added modules
@@ -359,6 +403,7 @@ def transform(
     report = Report()
     report.sites.extend(gm.meta.get("near_misses", []))
     report.notes += gm.meta.get("notes", [])
+    report.notes += left_alone(keep_nonfinite(gm))
     if settings.verify:
         gm.meta["example_inputs"] = list(flat)
         wrong = check_recognition(gm, context)
@@ -389,6 +434,16 @@ def _unrecognize(gm: fx.GraphModule, context: Context, report: Report, wrong: st
     gm.recompile()
     for name in _FOR_VERIFICATION:
         gm.meta.pop(name, None)
+
+
+def left_alone(names: Sequence[str]) -> list[str]:
+    """What a report says of weights that are not finite."""
+    if not names:
+        return []
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return [
+        f"not finite, so nothing is folded into them or out of them: {', '.join(names[:4])}{more}"
+    ]
 
 
 def _verify(gm: fx.GraphModule, context: Context, report: Report) -> None:

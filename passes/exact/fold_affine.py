@@ -35,7 +35,7 @@ def foldable_value(node: fx.Node) -> fx.Node:
     for name in ("gain", "bias"):
         t = getattr(args, name)
         if t is not None and not is_weight(t):
-            raise Refuse(f"the norm's {name} is computed from activations", t)
+            raise Refuse(f"the norm's {name} {ir.why_no_weight(t)}", t)
     if not ir.is_call(node, nf.add_rms_norm, nf.add_layer_norm):
         return node
     value = next((u for u in node.users if u.args[1] == 0), None)

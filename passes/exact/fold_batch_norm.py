@@ -100,7 +100,7 @@ def _plan(node: fx.Node, context: Context, builder: WeightBuilder) -> Callable[[
     tensors = [args[n] for n in ("running_mean", "running_var", "weight", "bias")]
     for t in tensors:
         if t is not None and not ir.is_weight_expr(t):
-            raise Refuse("its statistics or affine parameters are computed from activations", t)
+            raise Refuse(f"one of its statistics or affine parameters {ir.why_no_weight(t)}", t)
     if context.policy == "pays" and context.training:
         raise Refuse(
             "with gradients on, the folded weights would be recomputed at every step, which costs "
@@ -153,7 +153,7 @@ def _producer(x: Any, node: fx.Node, channel: int) -> tuple[Linear | None, str]:
     if linear.layout == "scaled_linear":
         return None, "a linear layer with a deferred scale"
     if not linear.owned:
-        return None, "the weight is computed from activations"
+        return None, f"the weight {ir.why_no_weight(linear.weight, linear.bias)}"
     if linear.feature_out != channel:
         return None, "the layer's output features are not the normalized channels"
     others = [u for u in x.users if u is not node]
@@ -170,7 +170,8 @@ def _readers(node: fx.Node, channel: int) -> tuple[list[Linear] | None, str]:
         if linear is None or linear.input is not node:
             return None, f"{ir.describe(user)} is not a linear layer"
         if not linear.owned:
-            return None, f"the weight of {ir.describe(user)} is computed from activations"
+            why = ir.why_no_weight(linear.weight, linear.bias)
+            return None, f"the weight of {ir.describe(user)} {why}"
         if linear.layout == "scaled_linear":
             return None, "a linear layer with a deferred scale"
         if linear.feature_in != channel:

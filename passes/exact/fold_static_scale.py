@@ -136,7 +136,8 @@ class FoldStaticScale(Pass):
         if linear is None:
             return self._into_norm(found, producer, axis, builder)
         if not linear.owned:
-            raise Refuse("the layer's weight or bias is computed from activations", producer)
+            why = ir.why_no_weight(linear.weight, linear.bias)
+            raise Refuse(f"the layer's weight or bias {why}", producer)
         if found.scale is not None and table_user(linear.weight) and not self.copy_tied:
             raise Refuse("the layer's weight is tied to an embedding and would be copied", producer)
         if axis is not None and axis.dims != (linear.feature_out,):
@@ -167,7 +168,7 @@ class FoldStaticScale(Pass):
             raise Refuse("the norm has no gain to take the scale", norm)
         for t in (gain, args.bias):
             if t is not None and not is_weight(t):
-                raise Refuse("the norm's gain or bias is computed from activations", t)
+                raise Refuse(f"the norm's gain or bias {ir.why_no_weight(t)}", t)
         if axis is not None and axis != feature_axis(norm, (gain, args.bias), args.dims):
             raise Refuse("the scale runs along other dims than the norm's gain", norm)
 

@@ -193,7 +193,7 @@ def _signature(linear: Linear, same: dict[fx.Node, fx.Node]) -> Any:
     """
     node, weight = linear.node, linear.weight
     if not linear.owned:
-        raise Refuse("its weight or bias is computed from activations", node)
+        raise Refuse(f"its weight or bias {ir.why_no_weight(weight, linear.bias)}", node)
     if linear.groups != 1:
         raise Refuse("a grouped convolution mixes its channels in groups", node)
     if linear.layout == "grouped_mm" and linear.bias is not None:

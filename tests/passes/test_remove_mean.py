@@ -372,6 +372,27 @@ def test_tap_of_an_uncentered_entry_is_harmless():
     assert_same(model, gm, args)
 
 
+class Chosen(nn.Module):
+    """The entry feeds the stream twice, and a writer reads it as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.head = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x, chosen):
+        return self.head(self.norm(torch.where(chosen, x + self.a(x), x)))
+
+
+def test_a_writer_reads_a_centered_value_as_it_was():
+    torch.manual_seed(0)
+    model, x = Chosen().double(), torch.randn(4, 8, dtype=torch.float64) + 3
+    args = (x, torch.tensor([[True], [False], [True], [False]]))
+    gm = passes.capture(model, args)
+    gm, report = passes.PassManager([passes.RemoveMean()]).run(gm)
+    assert report.applied
+    torch.testing.assert_close(gm(*args), model(*args), rtol=1e-12, atol=1e-12)
+
+
 def test_banned_sites_and_fuel():
     model = Toy().eval()
     context = {"banned": {("remove_mean", "blocks.1.norm1")}}

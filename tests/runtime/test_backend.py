@@ -282,6 +282,27 @@ def test_memory_limit_of_folded_weights(model):
     assert any("max_folded_bytes" in reason for _, _, reason in report.refused)
 
 
+def test_weights_that_are_not_finite_are_left_alone():
+    class Squashed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.a, self.b = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            h = self.norm(x)
+            return torch.tanh(self.a(h)) + self.b(h)
+
+    model = trained_like(Squashed()).eval()
+    with torch.no_grad():
+        model.a.weight[2, 3] = float("inf")
+        x = torch.randn(4, 8)
+        fast = torch.compile(model, backend="normfuse", options={"policy": "always"})
+        torch.testing.assert_close(fast(x), model(x))
+    report = backend.reports()[-1]
+    assert any("not finite" in n and "a.weight" in n for n in report.notes)
+    assert any("a.weight holds Inf or NaN" in r for _, _, r in report.refused)
+
+
 def test_threads(model):
     models = [trained_like(Transformer(layers=1), seed=s).eval() for s in range(3)]
     errors = []
@@ -310,6 +331,26 @@ def test_tensor_subclasses_are_left_alone():
         torch.testing.assert_close(out.a, norm(x))
         torch.testing.assert_close(out.b, norm(x + 1))
     assert "TwoTensor" in backend.reports()[0].notes[0]
+
+
+def test_nested_tensors_inside_are_left_alone():
+    class Ragged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.fc = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            ends = torch.tensor([0, 3, 10])
+            rows = torch.nested.nested_tensor_from_jagged(self.fc(self.norm(x)), ends)
+            return (rows * 2).values()
+
+    model = trained_like(Ragged()).eval()
+    x = torch.randn(10, 8)
+    fast = torch.compile(model, backend="normfuse", options={"strict": True})
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x))
+    [note] = backend.reports()[-1].notes
+    assert "makes a NestedTensor at" in note and "test_backend.py:" in note
 
 
 def test_zero_size_batch(model):

@@ -250,6 +250,43 @@ def test_nan_and_inf_propagate_as_in_eager(model):
     torch.testing.assert_close(a, b, equal_nan=True)
 
 
+class Gated(nn.Module):
+    """A pre-norm block whose nonlinearity turns Inf into a finite number."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.place = nn.Parameter(torch.randn(5, 8))
+        self.norm, self.a, self.b = norm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.scale, self.out = nn.Parameter(torch.randn(8)), nn.Linear(8, 8)
+        self.final, self.head = norm(8), nn.Linear(8, 6)
+
+    def forward(self, x):
+        x = x + self.place
+        h = self.norm(x)
+        x = x + self.scale * self.out(torch.tanh(self.a(h)) * self.b(h))
+        return self.head(self.final(x))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_weights_that_are_not_finite_are_left_alone(norm, value):
+    start = trained_like(Gated(norm)).eval()
+    x = torch.randn(2, 5, 8)
+    for name, _ in start.named_parameters():
+        model = copy.deepcopy(start)
+        with torch.no_grad():
+            weight = model.get_parameter(name).view(-1)
+            weight[weight.numel() // 2] = value
+            new, report = normfuse.rewrite(model, (x,), policy="always")
+            got, want = new(x), model(x)
+        assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf())
+        assert any("not finite" in n and name in n for n in report.notes)
+        assert not report.failed_verification
+        if name in ("a.weight", "head.weight"):
+            reasons = [r for _, p, r in report.refused if p == "fold_affine"]
+            assert any(f"{name} holds Inf or NaN" in r for r in reasons)
+
+
 def test_bad_arguments(model):
     with pytest.raises(NormfuseError, match=r"nn\.Module"):
         normfuse.rewrite(lambda x: x, (ids(),))
