@@ -3,9 +3,11 @@
 What they compute is checked under the interpreter, in ``tests/runtime/kernels/check_symmetric.py``.
 """
 
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,10 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 pytest.importorskip("triton")
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "runtime" / "kernels"))
+
+import fake_gpu
 
 CUDA = torch.device("cuda")
 HALF = torch.float16
@@ -157,6 +163,35 @@ def test_a_compiler_sees_the_launches(h100, method, shape):
     ]
     assert len(kernels) == symmetric + applied
     assert {getattr(k, "fn", k).__name__ for k in kernels} == {"batched_product"}
+
+
+@pytest.mark.parametrize("method", ["direct", "gram"])
+def test_inductors_code_for_a_gpu(h100, method):
+    """Normalization in a few kernels of its own, then launches of ours: no copies, nothing opaque."""
+    from torch._functorch.aot_autograd import aot_export_module
+    from torch._inductor.decomposition import select_decomp_table
+
+    class Step(torch.nn.Module):
+        def forward(self, x):
+            return (polar.apply_settings(x, s),)
+
+    s = polar.settings(coefficients="you", method=method, ns_dtype=HALF)
+    with fake_gpu.pretended(), kp.kernels("always"):
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with mode, torch.no_grad():
+            args = [torch.empty(16, 768, 3072, device="cuda:0")]
+            flat = aot_export_module(
+                Step(), args, trace_joint=False, decompositions=select_decomp_table()
+            )[0]
+        text = fake_gpu.code(flat, args, mode)
+    launches = re.findall(r"^\s*(\w+?)(?:_\d+)?\.run\(", text, re.M)
+    ours = [n for n in launches if n == "batched_product"]
+    # direct: three products a step; Gram with one restart: see the test above, and two plain products
+    assert len(ours) == (15 if method == "direct" else 16)
+    assert text.count("extern_kernels.") == (0 if method == "direct" else 2)
+    assert len(launches) - len(ours) <= 6
+    for word in ("clone", "copy_", "normfuse_optim", "reinterpret_tensor(arg"):
+        assert word not in text, word
 
 
 def test_without_kernels_a_graph_has_one_operator(h100):
