@@ -65,7 +65,14 @@ def channel_heat_map(calibration: Calibration) -> Figure | None:
     for value, channel in zip(top.values.tolist(), top.indices.tolist(), strict=True):
         if value > 1:
             axis.annotate(
-                str(channel), (channel, -0.5), ha="center", va="bottom", fontsize=7, rotation=90
+                str(channel),
+                (channel, -0.5),
+                xytext=(0, 3),  # points: clear of the frame
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                fontsize=7,
+                rotation=90,
             )
     bar = figure.colorbar(shown, ax=axis, pad=0.01)
     bar.set_label("log₁₀ (mean |x| / median channel)", fontsize=8)
@@ -82,12 +89,12 @@ def energy_concentration(calibration: Calibration) -> Figure | None:
     for k in TOP_K:
         shares = [e.figures()[f"top{k}_share"] for e in entries]
         axis.plot(shares, marker=".", label=f"{k} largest")
-    axis.set_ylim(0, 1)
+    axis.set_ylim(0, 1.03)  # a share of 1 stays visible under the frame
     axis.set_ylabel("share of ‖x‖²")
     step = max(1, len(entries) // 24)
     places = range(0, len(entries), step)
     axis.set_xticks(places, [entries[i].name for i in places], rotation=60, ha="right", fontsize=7)
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.grid(alpha=0.3)
     return figure
 
@@ -134,7 +141,7 @@ def compare(calibrations: Mapping[str, Calibration]) -> Figure | None:
     left.set_yscale("log")
     left.set_ylabel("largest / median channel")
     right.set_ylabel("energy share of the top channel")
-    right.set_ylim(0, 1)
+    right.set_ylim(0, 1.03)
     for axis in (left, right):
         axis.set_xlabel("norm, in network order")
         axis.grid(alpha=0.3)
