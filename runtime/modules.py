@@ -162,7 +162,9 @@ class NormLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         op = _kernels_for(x, self.weight, self.bias)
-        if op is not None and x.dtype == self.weight.dtype:
+        # autocast chooses the product's dtype, which kernels do not see
+        casting = torch.is_autocast_enabled(x.device.type)
+        if op is not None and x.dtype == self.weight.dtype and not casting:
             kind = "layer" if self.center else "rms"
             weights, biases = (self.weight, None), (self.bias, None)
             if self.glu:

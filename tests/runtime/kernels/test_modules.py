@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from normfuse.runtime import modules
 from normfuse.runtime.modules import GatedRMSNorm, LayerNorm, NormLinear, RMSNorm
 from torch import nn
 
@@ -27,6 +28,20 @@ def test_gated_norm_starts_as_the_norm():
     assert torch.equal(g(X), plain(X))
     g(X).square().sum().backward()
     assert g.up.grad.abs().sum() > 0
+
+
+def test_autocast_decides_the_products_dtype(monkeypatch):
+    """Kernels are not asked where autocast is on: they would multiply in the input's dtype."""
+
+    class Kernels:
+        def norm_linear(self, *args):
+            return ("kernel",)
+
+    monkeypatch.setattr(modules, "_kernels_for", lambda *tensors: Kernels())
+    m = NormLinear(24, 6)
+    assert m(X) == "kernel"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert m(X).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("glu", [False, True])
