@@ -160,3 +160,29 @@ def test_vocabulary_ops_of_a_block_and_what_is_around_them():
         ours, others = launched(fake_gpu.code(flat, args, mode))
     assert ours == ["norm_fwd_tile", "norm_linear_kernel"]
     assert len(others) == 2, others
+
+
+def test_workspace_comes_from_pytorch_unless_the_user_chose_otherwise():
+    """What eager launches of kernels with descriptors need; compiled graphs provide it themselves."""
+    from contextvars import copy_context
+
+    import triton
+    from normfuse.runtime.triton_ops import launch
+    from triton.runtime import _allocation
+
+    def chosen():
+        launch._give_workspace(torch.device("cpu"))
+        found = _allocation._allocator
+        return found.get() if hasattr(found, "get") else found
+
+    def run():
+        got = chosen()(256, 128, None)
+        assert got.numel() == 256 and got.dtype == torch.uint8
+
+        def own(size, alignment, stream):
+            return None
+
+        triton.set_allocator(own)
+        assert chosen() is own
+
+    copy_context().run(run)
