@@ -112,6 +112,19 @@ def test_weight_updates_are_seen_in_inference(model):
     torch.testing.assert_close(logits(new, ids()), logits(model, ids()))
 
 
+def test_a_merge_through_data_is_seen_after_refresh(model):
+    new, _ = normfuse.rewrite(model, (ids(),), policy="always")
+    stale = logits(new, ids())
+    for m in (model, new):
+        block = m.blocks[0]
+        block.q.weight.data += block.k.weight.data @ block.v.weight.data  # as LoRA is merged
+    expected = logits(model, ids())
+    assert not torch.allclose(stale, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logits(new, ids()), stale)  # the edit left no trace
+    assert normfuse.refresh() > 0
+    torch.testing.assert_close(logits(new, ids()), expected)
+
+
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_pickle_and_deepcopy(model, weights):
     new, report = normfuse.rewrite(model, (ids(),), weights=weights)
