@@ -28,6 +28,7 @@ from .inline import inline_regions
 from .manager import Snapshot
 from .opaque import opaque_sites
 from .paths import clean_path, user_frame
+from .python_state import ChangesState, Watch, refuse_state
 from .recorded import read_marks, recorded_checkpoints, recorded_functions
 from .report import Site
 from .subgraphs import Region, Retrace
@@ -115,6 +116,7 @@ def finish(
             sites = canonicalize(gm)
             gm.meta["near_misses"] = sites
         inside, gm.meta["notes"] = opaque_sites(gm)
+        gm.meta["notes"] += gm.meta.get("state", [])
         if lost := gm.meta.get("functions"):
             gm.meta["notes"].append(
                 f"the graph knows no backward of the autograd.Function {', '.join(lost)}: it is for "
@@ -214,20 +216,11 @@ def export(
     attempts += [(False, False), (False, True)]
     errors: list[str] = []
     for use_dynamic, strict in attempts:
-        shapes = _auto_dims(args, kwargs) if use_dynamic else None
         try:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(_exporting)
-                stack.enter_context(_quiet())
-                regions = stack.enter_context(recorded_checkpoints())
-                # strict tracing keeps custom functions whole, as Dynamo does
-                functions = [] if strict else stack.enter_context(recorded_functions())
-                program = torch.export.export(
-                    model, args, kwargs, dynamic_shapes=shapes, strict=strict
-                )
-            program.graph_module.meta["regions"] = regions
-            program.graph_module.meta["functions"] = functions
-            return program
+            with _exporting:
+                return _traced(model, args, kwargs, use_dynamic, strict)
+        except ChangesState as error:
+            raise ChangesState(f"{type(model).__name__} could not be captured: {error}") from None
         except Exception as error:
             if isinstance(error, (TypeError, ValueError)) and not errors:
                 _raise_if_call_fails(model, args, kwargs)
@@ -236,6 +229,33 @@ def export(
     raise CaptureError(
         f"{type(model).__name__} could not be captured as one graph.\n  " + "\n  ".join(errors)
     )
+
+
+def _traced(
+    model: nn.Module, args: tuple, kwargs: dict[str, Any], dynamic: bool, strict: bool
+) -> torch.export.ExportedProgram:
+    """One trace, which leaves the model's Python state as it was."""
+    watch = Watch(model)
+
+    def trace() -> torch.export.ExportedProgram:
+        shapes = _auto_dims(args, kwargs) if dynamic else None
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_quiet())
+            regions = stack.enter_context(recorded_checkpoints())
+            # strict tracing keeps custom functions whole, as Dynamo does
+            functions = [] if strict else stack.enter_context(recorded_functions())
+            stack.enter_context(watch.tracing(hooked=not strict))
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
+        program.graph_module.meta["regions"] = regions
+        program.graph_module.meta["functions"] = functions
+        return program
+
+    try:
+        program = trace()
+        program.graph_module.meta["state"] = refuse_state(watch, program, trace)
+        return program
+    finally:
+        watch.restore()
 
 
 def _raise_if_call_fails(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -329,6 +349,7 @@ def from_exported(program: torch.export.ExportedProgram) -> fx.GraphModule:
     _drop_dead_lifts(gm)
     read_marks(gm, program.graph_module.meta.get("regions", {}))
     gm.meta["functions"] = program.graph_module.meta.get("functions", [])
+    gm.meta["state"] = program.graph_module.meta.get("state", [])
     return gm
 
 
