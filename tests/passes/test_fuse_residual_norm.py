@@ -3,9 +3,13 @@
 import pytest
 import sympy
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from normfuse import passes
 from normfuse.passes import Context, PassManager, ir
 from normfuse.passes.exact import FuseResidualNorm
+from properties import assert_idempotent, assert_same, count, rewrite, toys
+from stream_models import randomize
 from torch import nn
 
 nf = torch.ops.normfuse
@@ -101,3 +105,57 @@ def test_two_norms_of_one_sum_are_left_alone():
 def test_declines_on_cpu_when_asked_whether_it_pays():
     _, report, _ = run(Residual(), torch.randn(3, 8), Context(policy="pays"))
     assert not report.applied and "Inductor" in report.refused[0][2]
+
+
+# -- the property
+
+
+class Sums(nn.Module):
+    """Sums of two, written in several ways, before norms whose gain and bias may be missing."""
+
+    def __init__(self, kind, order, d, blocks, read_again, affine):
+        super().__init__()
+        make = {
+            "layer": lambda: nn.LayerNorm(d, elementwise_affine=affine),
+            "rms": lambda: nn.RMSNorm(d, eps=1e-6, elementwise_affine=affine),
+        }[kind]
+        self.norms = nn.ModuleList(make() for _ in range(blocks))
+        self.layers = nn.ModuleList(nn.Linear(d, d) for _ in range(blocks))
+        self.order, self.read_again = order, read_again
+
+    def forward(self, x):
+        for norm, fc in zip(self.norms, self.layers, strict=True):
+            y = fc(torch.tanh(x))
+            s = x.add(y) if self.order else y + x
+            n = norm(s)
+            x = torch.sin(n) + s if self.read_again else torch.sin(n)
+        return x
+
+
+@settings(max_examples=16, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(["layer", "rms"]),
+    st.booleans(),
+    st.sampled_from([4, 6]),
+    st.integers(1, 3),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([(5,), (2, 5), (2, 3, 2)]),
+)
+def test_same_function_and_gradients(kind, order, d, blocks, read_again, affine, rows):
+    model = randomize(Sums(kind, order, d, blocks, read_again, affine).double().eval())
+    args = (torch.randn(*rows, d, dtype=torch.float64),)
+    gm, report = rewrite(model, args, FuseResidualNorm())
+    assert report.applied == [(f"norms.{i}", "fuse_residual_norm") for i in range(blocks)]
+    assert count(gm, nf.add_layer_norm, nf.add_rms_norm) == blocks
+    assert_same(model, gm, args)
+    assert_idempotent(gm, FuseResidualNorm())
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(toys())
+def test_same_function_and_gradients_on_whole_models(drawn):
+    model, args = drawn
+    gm, _ = rewrite(model, args, FuseResidualNorm())
+    assert_same(model, gm, args)
+    assert_idempotent(gm, FuseResidualNorm())
