@@ -569,7 +569,7 @@ def explain(
 
     Nothing is copied or changed. Arguments as for :func:`rewrite`; put the model in ``eval()`` mode
     to ask about inference, in ``train()`` mode to ask about training. The report also carries a
-    drawing of each residual stream.
+    drawing of each residual stream. ``verify=True`` also runs the graphs, for the error figures.
     """
     if not isinstance(model, nn.Module):
         raise NormfuseError(f"explain takes an nn.Module, got {type(model).__name__}")
