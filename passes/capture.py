@@ -11,12 +11,15 @@ import contextlib
 import inspect
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.export import _trace
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from . import ir
@@ -215,6 +218,7 @@ def export(
     attempts: list[tuple[bool, bool]] = [(True, False)] if dynamic else []
     attempts += [(False, False), (False, True)]
     errors: list[str] = []
+    branch = ""
     for use_dynamic, strict in attempts:
         try:
             with _exporting:
@@ -224,11 +228,17 @@ def export(
         except Exception as error:
             if isinstance(error, (TypeError, ValueError)) and not errors:
                 _raise_if_call_fails(model, args, kwargs)
+            branch = branch or _data_dependent(error)
             how = "dynamic" if use_dynamic else ("strict" if strict else "static")
             errors.append(f"{how}: {type(error).__name__}: {_first_lines(error)}")
-    raise CaptureError(
-        f"{type(model).__name__} could not be captured as one graph.\n  " + "\n  ".join(errors)
-    )
+    name = type(model).__name__
+    if branch:
+        raise CaptureError(
+            f"{name} could not be captured as one graph: its control flow or a size depends on the "
+            f"values of a tensor{branch}. torch.where and torch.cond can be captured; "
+            'torch.compile(model, backend="normfuse") breaks the graph there'
+        )
+    raise CaptureError(f"{name} could not be captured as one graph.\n  " + "\n  ".join(errors))
 
 
 def _traced(
@@ -266,6 +276,14 @@ def _raise_if_call_fails(model: nn.Module, args: tuple, kwargs: dict[str, Any]) 
         raise CaptureError(f"{type(model).__name__}.forward: {error}") from None
 
 
+def _data_dependent(error: BaseException) -> str:
+    """Where in the user's code a branch on a tensor's values ended the trace; ``""`` if none did."""
+    if not isinstance(error, GuardOnDataDependentSymNode):
+        return ""
+    where = user_frame("".join(traceback.format_tb(error.__traceback__)))
+    return f" at {where}" if where else " "
+
+
 def _first_lines(error: BaseException, n: int = 3) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " | ".join(lines[:n])[:400]
@@ -283,18 +301,23 @@ def _auto_dims(args: tuple, kwargs: dict[str, Any]) -> torch.export.ShapesCollec
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
+    """No warnings, nor the graphs that ``torch.export`` prints when it fails: the error says it."""
     import logging
     import warnings
 
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger("torch"), logging.getLogger(_trace.__name__)]
+    levels = [logger.level for logger in loggers]
+    loggers[0].setLevel(logging.ERROR)
+    loggers[1].setLevel(logging.CRITICAL)
+    _trace.print = lambda *_, **__: None  # type: ignore[attr-defined]  # hides the builtin there
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        vars(_trace).pop("print", None)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def from_exported(program: torch.export.ExportedProgram) -> fx.GraphModule:

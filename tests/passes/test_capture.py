@@ -219,3 +219,25 @@ def test_user_frame_skips_torch():
         f'File "{torch.__file__.replace("__init__", "nn/modules/linear")}", line 1, in forward\n'
     )
     assert user_frame(trace).endswith("model.py:7")
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.f = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        h = self.norm(x)
+        if h.sum() > 1e6:
+            return h
+        return self.f(h)
+
+
+def test_branching_on_values_is_one_sentence_and_prints_nothing(capfd):
+    with pytest.raises(CaptureError) as error:
+        passes.capture(Branching().eval(), (torch.randn(3, 8),))
+    line = Branching.forward.__code__.co_firstlineno + 2
+    text = str(error.value)
+    assert "control flow" in text and f"test_capture.py:{line}" in text
+    assert "\n" not in text and "Guard" not in text and "_export" not in text
+    assert capfd.readouterr() == ("", "")
