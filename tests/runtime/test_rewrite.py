@@ -644,3 +644,23 @@ def test_verification_compares_the_working_error_with_eagers(model):
     assert any("working dtype" in n and f"{error['rewritten']:.1e}" in n for n in report.notes)
     with pytest.raises(VerificationError, match="working dtype"):
         normfuse.rewrite(model, (ids(),), passes=[Rounded()], strict=True)
+
+
+class RoundedMean(nn.Module):
+    """An RMSNorm whose ``1/d`` is a tensor, and so not quite ``1/d``."""
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(6, 6)
+
+    def forward(self, x):
+        square = (x * x).sum(-1, keepdim=True) * torch.tensor(1 / 6, dtype=x.dtype)
+        return self.f(x * torch.rsqrt(square + 1e-6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rounded_constant_is_no_wrong_recognition(dtype):
+    model, x = RoundedMean().eval().to(dtype), torch.randn(3, 6).to(dtype)
+    _, report = normfuse.rewrite(model, (x,), policy="always", strict=True)
+    assert [s.kind for s in report.sites] == ["rms_norm"] and report.applied
+    assert report.max_relative_error <= 1e-10
