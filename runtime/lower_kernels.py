@@ -146,18 +146,26 @@ def _measured(kernel: str, x: torch.Tensor, policy: str) -> str:
     return "measured faster on this device"
 
 
-def _norm(node: fx.Node, nk: Any, model: Any, policy: str) -> Plan:
-    args = ir.NormArgs(node)
-    x = tensor(args.x, "the input")
+def _arguments(node: fx.Node, args: ir.NormArgs, x: Any, normed: Any) -> tuple:
+    """What a norm kernel takes behind its inputs, once it is known to do what the op says.
+
+    ``normed`` is what the statistic is taken of: the input, or its sum with the residual.
+    """
     last_dim(args, x)
-    float32_statistic(args, x)
+    float32_statistic(args, normed)
     casts(args)
     vector(args.gain, "the gain", x.shape[-1])
     vector(args.bias, "the bias", x.shape[-1])
     same_layout(node)
+    kind = KINDS[node.target]
+    return args.gain, args.bias, args.eps, kind, args.norm_dtype, args.out_dtype
+
+
+def _norm(node: fx.Node, nk: Any, model: Any, policy: str) -> Plan:
+    args = ir.NormArgs(node)
+    x = tensor(args.x, "the input")
+    rest = _arguments(node, args, x, x)
     reason = _measured("norm", x, policy)
-    rest = (args.gain, args.bias, args.eps, KINDS[node.target])
-    rest = (*rest, args.norm_dtype, args.out_dtype)
     return "norm", reason, lambda: replace_single(node, nk.norm.default, args.x, *rest)
 
 
@@ -168,16 +176,8 @@ def _add_norm(node: fx.Node, nk: Any, model: Any, policy: str) -> Plan:
         raise Refuse("the residual is broadcast")
     if any(u.target is not operator.getitem for u in node.users):
         raise Refuse("the pair of results is used as a whole")
-    stream = ir.val(node)[1]
-    last_dim(args, x)
-    float32_statistic(args, stream)
-    casts(args)
-    vector(args.gain, "the gain", x.shape[-1])
-    vector(args.bias, "the bias", x.shape[-1])
-    same_layout(node)
+    rest = _arguments(node, args, x, ir.val(node)[1])
     reason = _measured("add_norm", x, policy)
-    rest = (args.gain, args.bias, args.eps, KINDS[node.target])
-    rest = (*rest, args.norm_dtype, args.out_dtype)
     return (
         "add_norm",
         reason,
