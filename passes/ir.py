@@ -30,7 +30,6 @@ import operator
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
@@ -320,8 +319,9 @@ def inherit(node: fx.Node, like: fx.Node, *, site: bool = False) -> None:
             node.meta[key] = like.meta[key]
 
 
-#: Fake values by what they depend on: computing them is what costs, and layers are mostly alike.
-_fake_values: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
+#: Fake values by what they depend on: computing them is what costs, and layers are mostly alike. Kept on
+#: the graph: they refer to their mode, so that a dictionary elsewhere would never let go of either.
+_FAKE_VALUES = "_normfuse_values"
 
 
 def set_val(node: fx.Node) -> None:
@@ -336,7 +336,7 @@ def set_val(node: fx.Node) -> None:
     if key is None:
         _compute_val(node, fakes)
         return
-    known = _fake_values.setdefault(fakes[0].fake_mode, {})
+    known = vars(node.graph).setdefault(_FAKE_VALUES, {})
     if key in known:
         node.meta.pop("tensor_meta", None)
         node.meta["val"] = known[key]

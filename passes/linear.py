@@ -11,7 +11,6 @@ are computed in ``context.fold_dtype`` and rounded once, also after several pass
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -174,22 +173,20 @@ def named_args(node: fx.Node) -> dict[str, Any]:
 
 # Whether a node is a weight expression does not change while a graph lives: passes replace operands
 # of activations by other activations. One memo per graph keeps matching linear in graph size.
-_memos: weakref.WeakKeyDictionary[fx.Graph, dict[fx.Node, bool]] = weakref.WeakKeyDictionary()
+# It is kept on the graph, which its nodes refer to: a dictionary elsewhere would never let go of either.
+_MEMO = "_normfuse_weights"
 
 
 def is_weight(node: Any) -> bool:
     """:func:`ir.is_weight_expr`, remembered per graph."""
     if not isinstance(node, fx.Node):
         return False
-    memo = _memos.get(node.graph)
-    if memo is None:
-        memo = _memos[node.graph] = {}
-    return ir.is_weight_expr(node, memo)
+    return ir.is_weight_expr(node, vars(node.graph).setdefault(_MEMO, {}))
 
 
 def forget(graph: fx.Graph) -> None:
     """Which nodes are weights has changed."""
-    _memos.pop(graph, None)
+    vars(graph).pop(_MEMO, None)
 
 
 def match_linear(node: Any) -> Linear | None:

@@ -399,6 +399,8 @@ class PassManager:
                     report.notes.append(
                         f"verification failed after {p.name} at {culprit}: {disagreement}; undone"
                     )
+                    if not steps:  # nothing to ban: without the pass, then
+                        return PassResult()
                     context.banned.add((p.name, culprit))
                     continue
             return result
@@ -431,7 +433,7 @@ class PassManager:
                 undo()
             good, bad = (good, middle) if wrong else (middle, bad)
         context.fuel = fuel
-        return steps[bad - 1]
+        return steps[bad - 1] if steps else "an unknown site"  # it did not use `attempt`
 
 
 def instantiate(p: Any) -> Pass:

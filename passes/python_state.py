@@ -19,12 +19,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .errors import CaptureError
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _CONTAINERS = (list, dict, set, deque, bytearray)
+#: What a trace leaves under new names; anything else there is an import's or a library's.
+_LEFT_BEHIND = (*_PLAIN, *_SYMBOLIC, *_CONTAINERS, tuple, torch.Tensor)
 #: Larger containers are known by their length.
 _LONG = 2048
 _DEPTH = 3
@@ -214,8 +218,12 @@ def _print(value: Any, depth: int = _DEPTH, known: dict[tuple[int, int], Any] | 
     """A comparable picture of a value. Tensors are all alike (``torch.export`` guards those itself)."""
     if isinstance(value, _PLAIN):
         return type(value).__name__, repr(value)
-    if isinstance(value, _SYMBOLIC):  # comparing them would add guards
-        return "symbolic", str(value)
+    if isinstance(value, _SYMBOLIC):  # comparing the value itself would add a guard
+        try:
+            hint = value.node.hint
+        except Exception:  # a size that depends on data
+            return "symbolic", str(value)
+        return type(hint).__name__, repr(hint)
     if isinstance(value, torch.Tensor):
         return "tensor"
     name = f"{type(value).__module__}.{type(value).__qualname__}"
@@ -265,11 +273,13 @@ class _Moment:
             {n: _print(v, known=known) for n, v in values.items()} for values in self.values
         ]
         self.inside: dict[int, tuple[Any, Any]] = {}
+        self.symbolic = False
         for values in self.values:
             for value in values.values():
                 self._keep(value, _DEPTH)
 
     def _keep(self, value: Any, depth: int) -> None:
+        self.symbolic = self.symbolic or isinstance(value, _SYMBOLIC)
         if depth == 0 or id(value) in self.inside:
             return
         if isinstance(value, _CONTAINERS) and len(value) <= _LONG:
@@ -329,7 +339,7 @@ class Watch:
             now = room.values()
             for name in {**values, **now}:
                 if name not in values:
-                    if isinstance(now[name], (*_PLAIN, *_SYMBOLIC, *_CONTAINERS, tuple)):
+                    if isinstance(now[name], _LEFT_BEHIND):
                         del room.space[name]
                 elif name not in now or now[name] is not values[name]:
                     room.space[name] = values[name]
@@ -370,7 +380,7 @@ def _concrete(value: Any, known: Mapping[int, Any], top: bool = False) -> Any:
             return value.node.hint
         except Exception:
             raise _OfTheTrace from None
-    if isinstance(value, torch._subclasses.FakeTensor):
+    if isinstance(value, (FakeTensor, FunctionalTensor)):
         raise _OfTheTrace
     if id(value) in known and not top:
         return value
@@ -430,8 +440,7 @@ def refuse_state(
             f"forward changes {_said(moving)} at every call; a captured graph would keep the value of "
             "one call for good. Hold it in a buffer, or pass it as an argument"
         )
-    symbolic = "'symbolic'" in repr(first.pictures)
-    if not symbolic and _text(program) != _text(again):
+    if not first.symbolic and _text(program) != _text(again):
         raise ChangesState(
             f"forward changes {_said(changed)} and computes something else after that; a captured "
             "graph would keep what the first call did. Call the model once before, or set it outside"
@@ -460,7 +469,8 @@ def _text(program: torch.export.ExportedProgram) -> Any:
         (n.op, str(n.target), str(n.args), str(n.kwargs)) for graph in graphs for n in graph.nodes
     ]
     constants = [
-        (k, v.tolist() if isinstance(v, torch.Tensor) and v.numel() < _LONG else type(v).__name__)
+        # as text: NaN is not equal to itself
+        (k, repr(v.tolist()) if isinstance(v, torch.Tensor) and v.numel() < _LONG else type(v))
         for k, v in program.constants.items()
     ]
     return nodes, constants

@@ -19,7 +19,10 @@ from typing import Any
 from torch import nn
 
 #: What Python looks up on classes alone: containers of modules stay containers.
-_CONTAINER = ("__len__", "__getitem__", "__iter__", "__contains__")
+_CONTAINER = (
+    *("__len__", "__getitem__", "__setitem__", "__delitem__"),
+    *("__iter__", "__contains__"),
+)
 
 
 def resembling(base: type, model: type, forward: Callable | None = None) -> type:

@@ -1,12 +1,13 @@
 """The pass contract: transactions, rollback, fuel, switches, verification that finds the site."""
 
+import gc
 import pickle
 
 import pytest
 import torch
 from normfuse import passes
 from normfuse.passes import Context, NormfuseError, Pass, PassManager, PassResult, Refuse, ir
-from torch import nn
+from torch import fx, nn
 
 aten = torch.ops.aten
 
@@ -159,6 +160,39 @@ def test_verification_blames_the_stream_that_is_wrong_and_keeps_the_other(monkey
     assert [k for k, _ in report.applied] == ["0.n1", "0.n2"]
     assert any("remove_mean at 1.n1" in n for n in report.notes)
     torch.testing.assert_close(gm(X), expected)
+
+
+def test_a_wrong_pass_that_keeps_no_journal_is_undone_whole():
+    class Negates(Pass):
+        name = "negates"
+
+        def run(self, gm, context):
+            node = next(n for n in gm.graph.nodes if ir.is_call(n, aten.tanh))
+            node.target = aten.neg.default
+            return PassResult(applied=["somewhere"])
+
+    gm = passes.capture(Encoder().eval(), (X,))
+    gm.meta["example_inputs"] = [X]
+    expected = gm(X)
+    gm, report = PassManager([Negates()], verify=True).run(gm)
+    assert report.failed_verification and not report.applied
+    torch.testing.assert_close(gm(X), expected)
+
+
+def test_nothing_keeps_a_captured_model_alive():
+    def alive():
+        gc.collect()
+        return sum(isinstance(o, (fx.Graph, fx.Node, nn.Parameter)) for o in gc.get_objects())
+
+    def once():
+        model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)).eval()
+        PassManager(["fold_affine"]).run(passes.capture(model, (X,)))
+
+    once()
+    before = alive()
+    for _ in range(3):
+        once()
+    assert alive() <= before
 
 
 def test_fuel_and_journal_count_alike():

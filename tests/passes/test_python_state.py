@@ -211,3 +211,37 @@ def test_a_rewritten_module_runs_the_original_once_it_counts():
         one = new(X)
     with torch.no_grad():
         torch.testing.assert_close(new(X), one * 2)
+
+
+class LazyTensor(Base):
+    """A tensor made by the first call, and the largest size seen so far."""
+
+    scale = None
+    seen = 4
+
+    def forward(self, x):
+        if self.scale is None:
+            self.scale = torch.full((1,), 2.0)
+        if x.shape[0] > self.seen:
+            self.seen = x.shape[0]
+        return self.base(x) * self.scale
+
+
+@pytest.mark.parametrize("entry", ["rewrite", "explain"])
+def test_a_tensor_made_once_is_a_memo_and_none_of_the_traces_stays(entry):
+    model = LazyTensor().eval()
+    x = torch.randn(9, X.shape[1])
+    result = getattr(normfuse, entry)(model, (x,))
+    assert "scale" not in vars(model) and LazyTensor.scale is None and "seen" not in vars(model)
+    assert type(model(x)) is torch.Tensor
+    if entry == "rewrite":
+        torch.testing.assert_close(result[0](x), model(x))
+
+
+class WithNan(Memo):
+    def forward(self, x):
+        return super().forward(x) + torch.tensor([0.0, float("nan")]).nan_to_num()[0]
+
+
+def test_a_constant_that_is_nan_is_equal_to_itself():
+    normfuse.rewrite(WithNan().eval(), (X,), inplace=True)

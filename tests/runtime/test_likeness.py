@@ -155,3 +155,14 @@ def test_trainers_find_labels_and_columns():
         inspect.signature(model.forward).parameters
     )
     assert new.config is not None and new.can_generate() and new.main_input_name == "input_ids"
+
+
+def test_layers_of_a_rewritten_container_can_be_replaced():
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)).eval()
+    x = torch.randn(3, 8)
+    new, _ = normfuse.rewrite(model, (x,))
+    with torch.no_grad():
+        new[1] = nn.Linear(8, 4)
+        torch.testing.assert_close(new(x), new[1](new[0](x)))
+        del new[1]
+        torch.testing.assert_close(new(x), new[0](x))
