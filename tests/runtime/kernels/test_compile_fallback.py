@@ -33,6 +33,10 @@ def fresh(monkeypatch, tmp_path):
     torch._dynamo.reset()
 
 
+#: What Inductor says of a kernel without a GPU: in this process, or from one that compiles for it.
+NO_GPU = ("active drivers", "SubprocException")
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
@@ -68,14 +72,14 @@ def test_the_formulas_run_instead(training):
     # what `normfuse doctor` will say
     (kept,) = kernel_failures.known()
     assert "norm" in kept["kernel"] and "compiled graph" in kept["configuration"]
-    assert "driver" in kept["reason"]
+    assert any(word in kept["reason"] for word in NO_GPU), kept["reason"]
     # the exact passes still count: only the kernels are gone
     assert report.applied or training
 
 
 def test_strict_raises():
     fast = torch.compile(Block(), backend="normfuse", options={**OPTIONS, "strict": True})
-    with torch.no_grad(), pytest.raises(Exception, match="active drivers"):
+    with torch.no_grad(), pytest.raises(Exception, match="|".join(NO_GPU)):
         fast(torch.randn(4, 16))
 
 
