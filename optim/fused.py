@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .decay import add_decayed
+from .decay import add_decayed, opmath
 from .pipeline import (
     COMPILED,
     Pipeline,
     Tensors,
     factor_of,
     keep_of,
-    make_batch,
     pieces,
+    run_leading,
     sliceable,
 )
 
@@ -63,12 +63,7 @@ def lead(pipeline: Pipeline, t: Tensors, out: Tensor) -> Tensor | None:
     flat, layout = t.flatten()
 
     def function(*args: Tensor) -> Tensor | None:
-        piece = Tensors.unflatten(args[:-1], layout)
-        batch = make_batch(piece)
-        for stage in pipeline.leading:
-            batch = stage(batch)
-        for name, old in piece.state.items():
-            old.copy_(batch.state[name])
+        batch = run_leading(pipeline, Tensors.unflatten(args[:-1], layout))
         args[-1].copy_(batch.update.flatten())
         return batch.decay
 
@@ -96,13 +91,8 @@ def run(pipeline: Pipeline, t: Tensors, targets: Sequence[Tensor]) -> bool:
 def _whole(pipeline: Pipeline, layout: tuple) -> Callable[..., None]:
     def function(*args: Tensor) -> None:
         piece = Tensors.unflatten(args[:-1], layout)
-        batch = make_batch(piece)
-        factor = factor_of(pipeline, batch)
-        for stage in pipeline.leading:
-            batch = stage(batch)
-        for name, old in piece.state.items():
-            old.copy_(batch.state[name])
-        update = (batch.update * factor).to(piece.grad.dtype).flatten()
+        batch = run_leading(pipeline, piece)
+        update = (batch.update * factor_of(pipeline, batch)).to(piece.grad.dtype).flatten()
         _add(pipeline, args[-1], update, keep_of(pipeline, piece, batch.decay))
 
     return function
@@ -110,8 +100,7 @@ def _whole(pipeline: Pipeline, layout: tuple) -> Callable[..., None]:
 
 def move(pipeline: Pipeline, target: Tensor, update: Tensor, factor: Tensor, keep: Any) -> None:
     """``target ← keep·target + factor·update``, all ``[n]``; ``factor`` 0-d, ``keep`` a number."""
-    wide = torch.float64 if target.dtype == torch.float64 else torch.float32
-    keep = torch.as_tensor(keep, dtype=torch.float64).to(target.device, wide)
+    keep = torch.as_tensor(keep, dtype=torch.float64).to(target.device, opmath(target))
 
     def function(target: Tensor, update: Tensor, factor: Tensor, keep: Tensor) -> None:
         _add(pipeline, target, (update * factor).to(target.dtype), keep)

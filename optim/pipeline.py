@@ -210,6 +210,16 @@ def sliceable(pipeline: Pipeline, t: Tensors) -> list[str] | None:
     return list(specs) if all(x.is_contiguous() for x in tensors) else None
 
 
+def run_leading(pipeline: Pipeline, t: Tensors) -> Batch:
+    """What the leading stages make of ``t``, whose states are rewritten."""
+    batch = make_batch(t)
+    for stage in pipeline.leading:
+        batch = stage(batch)
+    for name, old in t.state.items():
+        old.copy_(batch.state[name])
+    return batch
+
+
 def run_in_pieces(
     pipeline: Pipeline, t: Tensors, sink: Callable[[int, slice, Tensor, Tensor | None], None]
 ) -> bool:
@@ -223,14 +233,10 @@ def run_in_pieces(
     if names is None or pipeline.leading != pipeline.working:
         return False
     for b, span, piece in pieces(t, names):
-        batch = make_batch(piece)
-        factor = factor_of(pipeline, batch)
-        for stage in pipeline.leading:
-            batch = stage(batch)
-        for k in names:
-            piece.state[k].copy_(batch.state[k])
+        batch = run_leading(pipeline, piece)
         keep = None if batch.decay is None else keep_of(pipeline, t, batch.decay)
-        sink(b, span, (batch.update * factor).to(t.grad.dtype).flatten(), keep)
+        update = batch.update * factor_of(pipeline, batch)
+        sink(b, span, update.to(t.grad.dtype).flatten(), keep)
     if t.step is not None:
         t.step.add_(1)
     return True
@@ -264,12 +270,8 @@ def run_unscaled(
             if lead is not None:
                 decays[b] = lead(piece, flat[b])
                 continue
-            part = make_batch(piece)
-            for stage in pipeline.leading:
-                part = stage(part)
+            part = run_leading(pipeline, piece)
             flat[b, span] = part.update.flatten()
-            for k in names:
-                piece.state[k].copy_(part.state[k])
             decays[b] = part.decay
         decay = torch.cat(list(decays.values())) if decays[0] is not None else None
         batch = replace(make_batch(t), update=update, decay=decay)
