@@ -8,6 +8,8 @@ fake tensors under autocast, and the conversions of its arguments are recorded.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +58,15 @@ def disabled(settings: tuple[Autocast, ...]) -> list[torch.autocast]:
     return [torch.autocast(s.device_type, enabled=False) for s in settings]
 
 
+@contextlib.contextmanager
+def explicit_casts() -> Iterator[None]:
+    """Graphs are worked on, and run, with autocast off: their casts are in them."""
+    with contextlib.ExitStack() as stack:
+        for setting in disabled(ambient()):
+            stack.enter_context(setting)
+        yield
+
+
 class _Recorder(TorchDispatchMode):
     """Records dtype conversions of the watched tensors until the op itself is reached."""
 
@@ -98,8 +109,6 @@ def _run_recorded(
     values: dict[fx.Node, Any],
     settings: list[Autocast],
 ) -> dict[int, torch.dtype]:
-    from contextlib import ExitStack
-
     # distinct tensor objects per argument, so that identity tells them apart
     mode = ir.val(inputs[0]).fake_mode
     with mode:
@@ -109,7 +118,7 @@ def _run_recorded(
         (node.args, node.kwargs), lambda n: fresh[n] if n in fresh else values[n]
     )
     recorder = _Recorder(watched)
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(mode)
         if any(isinstance(v, torch.Tensor) and ir.symbolic(v) for v in values.values()):

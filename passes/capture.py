@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from . import ir
-from .autocast import Autocast, ambient, disabled, make_explicit
+from .autocast import Autocast, ambient, explicit_casts, make_explicit
 from .einsum import einsum_to_linear
 from .errors import CaptureError
 from .functionalize import functionalize
@@ -101,9 +101,7 @@ def finish(
             explicit afterwards: it must run with autocast off.
         remember: keep a snapshot of the graph before recognition in ``gm.meta["captured"]``.
     """
-    with contextlib.ExitStack() as off:
-        for context in disabled(ambient()):  # values are computed as the graph will run
-            off.enter_context(context)
+    with explicit_casts():  # values are computed as the graph will run
         inline_regions(gm)
         _rename_provenance(gm)
         gm.meta["autocast"] = autocast

@@ -16,7 +16,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,7 +23,7 @@ import torch
 from torch import fx
 
 from . import ir
-from .autocast import ambient, disabled
+from .autocast import explicit_casts
 from .errors import NormfuseError, NormfuseWarning, Refuse
 from .report import PassRecord, Report, Site
 
@@ -316,9 +315,7 @@ class PassManager:
         report.device = context.device
         start = time.perf_counter()
         _record_sites(gm, report)
-        with ExitStack() as off:
-            for setting in disabled(ambient()):  # the graph's casts are explicit
-                off.enter_context(setting)
+        with explicit_casts():
             self._run_all(gm, context, report, disabled_passes)
             with collector_paused():
                 gm.recompile()

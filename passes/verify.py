@@ -9,7 +9,7 @@ may be :data:`FACTOR` times eager's own plus :data:`ULPS` units in the last plac
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from . import ir
-from .autocast import ambient, disabled
+from .autocast import explicit_casts
 
 #: Largest accepted relative disagreement in float64.
 TOLERANCE = 1e-10
@@ -175,15 +175,6 @@ def max_error(actual: Sequence[Any], expected: Sequence[Any]) -> float:
     return max((relative_error(a, e) for a, e in zip(actual, expected, strict=True)), default=0.0)
 
 
-@contextlib.contextmanager
-def _explicit_casts() -> Iterator[None]:
-    """Graphs run with autocast off: their casts are in them."""
-    with contextlib.ExitStack() as stack:
-        for context in disabled(ambient()):
-            stack.enter_context(context)
-        yield
-
-
 def check_recognition(gm: fx.GraphModule, context: Any) -> str | None:
     """Compare ``gm`` with the graph its norms were recognized in; ``None`` if they agree.
 
@@ -197,7 +188,7 @@ def check_recognition(gm: fx.GraphModule, context: Any) -> str | None:
     if inputs is None or captured is None:
         return None
     graph = captured.graph()
-    with _explicit_casts():
+    with explicit_casts():
         truth = context.facts["double"] = flat_double(gm, inputs, graph)
         recognized = flat_double(gm, inputs)
         error = max_error(recognized, truth)
@@ -280,7 +271,7 @@ def check_working(gm: fx.GraphModule, context: Any, report: Any) -> str | None:
     before, truth = context.facts.get("plain"), context.facts.get("double")
     if before is None or truth is None or context.facts.get("rebased"):
         return None
-    with _explicit_casts():
+    with explicit_casts():
         now = flat_plain(gm, gm.meta["example_inputs"])
     eager, rewritten = max_error(before, truth), max_error(now, truth)
     report.working_error = {"eager": eager, "rewritten": rewritten}
