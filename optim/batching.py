@@ -73,7 +73,7 @@ def _transposed(node: object) -> Node | None:
     if not isinstance(node, Node) or node.op != "call_function":
         return None
     x = node.args[0] if node.args else None
-    if not isinstance(x, Node) or "val" not in x.meta or x.meta["val"].ndim != 2:
+    if not isinstance(x, Node) or getattr(x.meta.get("val"), "ndim", None) != 2:
         return None
     if node.target in (aten.t.default, aten.numpy_T.default, aten.mT.default):
         return x

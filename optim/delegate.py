@@ -14,6 +14,10 @@ class Delegate(Optimizer):
     ``load_extra_state``; it travels in the state dict under the key ``normfuse``.
     """
 
+    #: A GradScaler would give its factor to this object, which a fused inner step does not look at;
+    #: so it unscales gradients and skips steps itself.
+    _step_supports_amp_scaling = False
+
     def __init__(self, inner: Optimizer) -> None:
         if not isinstance(inner, Optimizer):
             raise TypeError(f"a torch.optim.Optimizer is needed, got {type(inner).__name__}")
@@ -25,7 +29,8 @@ class Delegate(Optimizer):
         return getattr(self.inner, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__)
+        # a scheduler leaves its wrapper of ``step`` here, which would go on stepping this object
+        return {k: v for k, v in self.__dict__.items() if k != "step"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
