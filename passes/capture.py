@@ -76,6 +76,9 @@ def capture(
     if isinstance(model, torch.export.ExportedProgram):
         gm = from_exported(model)
     elif isinstance(model, nn.Module):
+        # a module that captures itself when called (rewritten ones) cannot do so within a capture
+        if (prepare := getattr(type(model), "before_capture", None)) is not None:
+            prepare(model, args, kwargs)
         gm = from_exported(export(model, args, kwargs, dynamic=dynamic))
     elif callable(model):
         gm = from_exported(export(_FunctionModule(model), args, kwargs, dynamic=dynamic))

@@ -6,7 +6,6 @@ import copy
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,18 +13,18 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ..passes import ir
-from ..passes.autocast import ambient, disabled, restore
-from ..passes.capture import capture, checked_args, out_spec, set_attribute, transforming
-from ..passes.errors import CaptureError, NormfuseError, Unsupported, VerificationError
-from ..passes.manager import Context, Pass, PassManager, copy_graph
+from ..passes.autocast import ambient
+from ..passes.capture import capture, checked_args, set_attribute, transforming
+from ..passes.errors import CaptureError, NormfuseError, VerificationError
+from ..passes.manager import Context, Pass, PassManager
 from ..passes.presets import policy_of, resolve
 from ..passes.report import Report
-from ..passes.subgraphs import emit_eager, has_regions, outline
 from ..passes.verify import check_recognition, check_working
-from ..passes.weights import WeightCache, keep_nonfinite, lift, split
+from ..passes.weights import keep_nonfinite
 from .likeness import resembling
 from .reroute import Reroute
-from .signature import Signature, Weights, layout
+from .rewritten_graph import Graph
+from .signature import layout
 
 #: How many input signatures one module keeps graphs for before it runs the original instead.
 MAX_GRAPHS = 16
@@ -46,107 +45,10 @@ class Settings:
         self.passes, self.policy, self.disable = passes, policy, disable
         self.verify, self.dynamic, self.fuel = verify, dynamic, fuel
 
-
-class Graph:
-    """One captured and rewritten graph, for one module mode and input signature.
-
-    With gradients on, the weight program runs inline; without, it is split off and cached.
-    """
-
-    def __init__(self, gm: fx.GraphModule, owner: nn.Module) -> None:
-        self.inline, self.names = lift(gm)
-        self.inline.recompile()
-        self._train = self._with_regions()
-        self.signature = Signature(gm)
-        self.out_spec = out_spec(gm)
-        self.autocast = gm.meta.get("autocast", ())
-        #: custom functions whose backward the capture could not see
-        self.functions: list[str] = gm.meta.get("functions", [])
-        # constants that the capture lifted out of the code are not the model's
-        self.constants = {
-            name: ir.attribute(gm, name) for name in self.names if not ir.has_attribute(owner, name)
-        }
-        self.weights = Weights(
-            owner, {n: ir.attribute(owner, n) for n in self.names if n not in self.constants}
-        )
-        self._split: fx.GraphModule | None = None
-        self.cache: WeightCache | None = None
-
-    def prepare_inference(self) -> WeightCache | None:
-        """Split off the weight program (once); returns its cache, if there is a program."""
-        if self._split is None:
-            module = fx.GraphModule(self.inline, copy_graph(self.inline.graph))
-            program = split(module)
-            restore(module)
-            module.recompile()
-            self.cache = WeightCache(program) if program is not None else None
-            self._split = module
-        return self.cache
-
-    def _with_regions(self) -> fx.GraphModule:
-        """The graph with its checkpointed regions gathered and opaque ops under their autocast."""
-        plain = self._runnable()
-        if not has_regions(self.inline):
-            return plain
-        module = fx.GraphModule(self.inline, copy_graph(plain.graph))
-        module.meta["regions"] = self.inline.meta["regions"]
-        try:
-            outline(module, emit_eager, weights_inside=True)
-        except Unsupported as refusal:
-            warnings.warn(f"activations will be kept: {refusal}", stacklevel=5)
-            return plain
-        module.recompile()
-        return module
-
-    def _runnable(self) -> fx.GraphModule:
-        if not any("autocast" in n.meta for n in self.inline.graph.nodes):
-            return self.inline
-        module = fx.GraphModule(self.inline, copy_graph(self.inline.graph))
-        restore(module)
-        module.recompile()
-        return module
-
-    def _weights(self, owner: nn.Module, captured: bool) -> list[torch.Tensor]:
-        """What the graph reads; ``captured``: ``owner`` holds the very modules of the capture."""
-        names = [n for n in self.names if n not in self.constants]
-        own = self.weights.read() if captured else [ir.attribute(owner, n) for n in names]
-        if not self.constants:
-            return own
-        found = {**self.constants, **dict(zip(names, own, strict=True))}
-        return [found[n] for n in self.names]
-
-    def matches(self, flat: Sequence[Any]) -> bool:
-        """True if the graph stands for these inputs and for the weights as they are now.
-
-        ``.to(dtype)``, ``.to(device)``, resized and untied parameters call for a new graph.
-        """
-        return self.signature.matches(flat) and self.weights.unchanged()
-
-    def traces(self, owner: nn.Module, flat: Sequence[Any]) -> bool:
-        """:meth:`matches` and more, while Dynamo or ``torch.export`` is watching."""
-        return (
-            self.autocast == ambient()
-            and self.signature.traces(flat)
-            and self.weights.same_modules(owner)
-            and self.weights.unchanged()
-        )
-
-    def run(
-        self, owner: nn.Module, flat: Sequence[Any], *, inline: bool, captured: bool = False
-    ) -> list[Any]:
-        weights = self._weights(owner, captured)
-        gm: Any = self._train
-        folded: Sequence[torch.Tensor] = ()
-        if not inline:
-            cache = self.prepare_inference()
-            gm = self._split
-            if cache is not None:
-                folded = cache([weights[i] for i in cache.program.leaves])
-        with ExitStack() as stack:
-            for context in disabled(self.autocast):
-                stack.enter_context(context)
-            out = gm(*weights, *flat, *folded)
-        return list(out) if isinstance(out, (tuple, list)) else [out]
+    @property
+    def beyond_exact(self) -> list[str]:
+        """The passes without which the model would be another function: extensions, alterations."""
+        return [p.name for p in self.passes if p.promise != "exact" and p.name not in self.disable]
 
 
 #: Attributes that a rewritten module has besides the original's.
@@ -162,7 +64,8 @@ class RewrittenModule(nn.Module):
     a submodule, each have their own graphs, captured at first use; so have new input signatures
     (another dtype, structure or a size the capture fixed). Replacing a submodule or untying a weight
     captures anew, and so does setting an attribute that is not a weight or a module: it is the
-    original's. When a signature cannot be captured, the original code runs and a warning says why.
+    original's. When a signature cannot be captured, the original code runs and a warning says why; a
+    model with passes that extend or alter it raises, since its original is another function.
 
     Its class is one of its own that takes docstring and ``forward`` signature from the original's.
 
@@ -250,6 +153,11 @@ class RewrittenModule(nn.Module):
         new.reports = copy.deepcopy(self.reports, memo)
         new.new_parameters = list(self.new_parameters)
         memo[id(self)] = new
+        if layout(self)[0] == self._structure:
+            copies = {id(g): g.moved(new) for gs in self._graphs.values() for g in gs}
+            new._graphs.update({k: [copies[id(g)] for g in gs] for k, gs in self._graphs.items()})
+            new._captured.extend((spec, copies[id(g)]) for spec, g in self._captured)
+            new.__dict__["_structure"] = layout(new)[0]
         return new
 
     def adopt(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -271,24 +179,33 @@ class RewrittenModule(nn.Module):
         flat, in_spec = pytree.tree_flatten((args, kwargs))
         if torch.compiler.is_compiling():
             return self._forward_compiling(flat, in_spec, args, kwargs)
-        structure, modes = layout(self)
         replica = "_is_replica" in self.__dict__  # of data parallelism: modules of its own
+        graph = self._graph_for(flat, in_spec, args, kwargs, replica)
+        if graph is None:
+            return self._reroute.original(args, kwargs)
+        # inside a transform weights are no tensors to keep anything of
+        inline = torch.is_grad_enabled() or transforming()
+        if torch.is_grad_enabled() and graph.functions and self._differentiated(flat):
+            self._give_up(f"the graph has no backward of {', '.join(graph.functions)}")
+            return self._reroute.original(args, kwargs)
+        flat_out = graph.run(self, flat, inline=inline, captured=not replica)
+        return _write_back(args, kwargs, pytree.tree_unflatten(flat_out, graph.out_spec))
+
+    def before_capture(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Have the graph for these inputs: nothing can be captured within a capture."""
+        flat, in_spec = pytree.tree_flatten((args, kwargs))
+        self._graph_for(flat, in_spec, args, kwargs)
+
+    def _graph_for(
+        self, flat: list, in_spec: Any, args: Any, kwargs: Any, replica: bool = False
+    ) -> Graph | None:
+        structure, modes = layout(self)
         if structure != self._structure and not replica:
             self._forget()
         for graph in self._graphs.get((modes, in_spec, ambient()), ()):
             if graph.matches(flat):
-                break
-        else:
-            graph = self._capture(in_spec, args, kwargs)
-            if graph is None:
-                return self._reroute.original(args, kwargs)
-        # inside a transform weights are no tensors to keep anything of
-        inline = torch.is_grad_enabled() or transforming()
-        if torch.is_grad_enabled() and graph.functions and self._differentiated(flat):
-            self._warn_once(f"the graph has no backward of {', '.join(graph.functions)}")
-            return self._reroute.original(args, kwargs)
-        flat_out = graph.run(self, flat, inline=inline, captured=not replica)
-        return _write_back(args, kwargs, pytree.tree_unflatten(flat_out, graph.out_spec))
+                return graph
+        return self._capture(in_spec, args, kwargs)
 
     def _forward_compiling(self, flat: list, in_spec: Any, args: Any, kwargs: Any) -> Any:
         """Under ``torch.compile`` or ``torch.export``: the graph inline, weight program and all."""
@@ -297,9 +214,21 @@ class RewrittenModule(nn.Module):
                 continue
             if graph_spec == in_spec and graph.traces(self, flat):
                 return pytree.tree_unflatten(graph.run(self, flat, inline=True), graph.out_spec)
+        if self._settings.beyond_exact:
+            return self._forward_uncompiled(args, kwargs)
         if self._reroute.depth:  # inside one of the source's methods
             return type(self._source).forward(self._source, *args, **kwargs)
         return self._source(*args, **kwargs)
+
+    @torch.compiler.disable(reason="this call of the rewritten module has not been captured yet")
+    def _forward_uncompiled(self, args: Any, kwargs: Any) -> Any:
+        """A break in Dynamo's graph: the call runs, is captured on the way and traced next time."""
+        if torch.compiler.is_compiling():
+            raise NormfuseError(
+                "the rewritten module has not been captured for this call (its inputs, its mode): "
+                "call it once as it is called here, then export it"
+            )
+        return self.forward(*args, **kwargs)
 
     def _capture(self, in_spec: pytree.TreeSpec, args: Any, kwargs: Any) -> Graph | None:
         try:
@@ -310,16 +239,20 @@ class RewrittenModule(nn.Module):
             with self._reroute.aside():
                 graph, report = build(self, self._source, args, kwargs, self._settings)
         except NormfuseError as error:
-            self._warn_once(str(error))
+            self._give_up(str(error))
             return None
         self.reports.append(report)
         self._add(in_spec, graph)
         return graph
 
-    def _warn_once(self, text: str) -> None:
+    def _give_up(self, text: str) -> None:
+        if names := self._settings.beyond_exact:
+            raise NormfuseError(
+                f"{text}; the original code is no substitute: it runs without {', '.join(names)}"
+            )
         if text not in self._uncapturable:
             self._uncapturable.add(text)
-            warnings.warn(f"running the original code for this call: {text}", stacklevel=4)
+            warnings.warn(f"running the original code for this call: {text}", stacklevel=5)
 
     def _differentiated(self, flat: Sequence[Any]) -> bool:
         tensors = (*self.parameters(), *(x for x in flat if isinstance(x, torch.Tensor)))

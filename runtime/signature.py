@@ -243,6 +243,16 @@ class Weights:
                 if place != (m, last):
                     self._ties.append((m, last, *place))
 
+    def moved(self, root: nn.Module) -> Weights:
+        """The same for a copy of the model: its modules by their paths."""
+        there = dict(root.named_modules())
+        to = {id(m): there[path] for path, m, _ in self.modules}
+        new = object.__new__(Weights)
+        new._places = [(to[id(m)], *rest) for m, *rest in self._places]
+        new._ties = [(to[id(m)], a, to[id(n)], b) for m, a, n, b in self._ties]
+        new.modules = [(path, there[path], mode) for path, _, mode in self.modules]
+        return new
+
     @staticmethod
     def _find(module: nn.Module, name: str) -> Any:
         t = module._parameters.get(name)  # a module's own __getattr__ is ten times slower
