@@ -8,7 +8,8 @@ never consulted, except to report.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -29,18 +30,23 @@ ROLES = {
 }
 
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "_scaled_mm", "_grouped_mm"}
+_PRODUCTS |= {"mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn", "lstm", "gru", "rnn_tanh", "rnn_relu"}
 _LOOKUPS = {"embedding", "embedding_bag", "index_select", "gather", "index", "_embedding_bag"}
 #: Operators whose result is still the parameter: a cast (autocast) or a relayout.
 _COPIES = {"clone", "_to_copy", "_unsafe_view", "_reshape_copy", "contiguous"}
+#: … and these, when nothing else in them depends on the input: weights computed from a parameter of the
+#: same shape (weight or spectral normalization, masks, a merged low-rank update) stand for it.
+_REWEIGHTS = {"mul", "div", "add", "sub", "neg", "_weight_norm_interface", "_weight_norm", "where"}
 _CONVOLUTIONS = {"convolution", "_convolution", "mkldnn_convolution"}
 
 
 class _Watch(TorchDispatchMode):
     """Records which kind of operator uses each parameter, and whose product reaches a tensor."""
 
-    def __init__(self, params: Mapping[int, str]) -> None:
+    def __init__(self, params: Mapping[int, str], inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.params = params
+        self.active = {id(t) for t in inputs}
         self.uses: dict[str, set[str]] = {n: set() for n in params.values()}
         self.copies: dict[int, str] = {}
         self.sources: dict[int, frozenset[str]] = {}
@@ -60,6 +66,11 @@ class _Watch(TorchDispatchMode):
             self.copies[id(outputs[0])] = owner
             self._keep.append(outputs[0])
             return out
+        active = any(id(t) in self.active for t in tensors)
+        stands_for = None
+        if op in _REWEIGHTS and not active:
+            same = {n for t in tensors if (n := self._owner(t)) and t.shape == outputs[0].shape}
+            stands_for = same.pop() if len(same) == 1 else None
         kind = (
             "product"
             if op in _PRODUCTS
@@ -75,7 +86,8 @@ class _Watch(TorchDispatchMode):
             name = self._owner(t)
             if name is None:
                 inherited |= self.sources.get(id(t), frozenset())
-            elif not all(self._owner(o) == name for o in outputs):  # a view is no use
+            elif name != stands_for and not all(self._owner(o) == name for o in outputs):
+                # (a view is no use)
                 bias = kind in ("product", "convolution") and t.ndim < 2 and i != 1
                 self.uses[name].add("other" if bias else kind)
                 if kind in ("product", "convolution") and not bias:
@@ -85,20 +97,36 @@ class _Watch(TorchDispatchMode):
         for o in outputs:
             self.sources[id(o)] = tag
             self._keep.append(o)
+            if active:
+                self.active.add(id(o))
+        if stands_for is not None:
+            self.copies[id(outputs[0])] = stands_for
         return out
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, and back in its own; attention written out, not one operator that
+    hides its products and has no forward-mode derivative."""
+    modes = [(m, m.training) for m in model.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _observe(
     model: nn.Module, params: Mapping[int, str], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[dict[str, set[str]], str | None, str | None]:
     """``(uses by name, head, first product fed by the raw input)``; head None if none stands out."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), _Watch(params) as watch:
-            out = model(*args, **kwargs)
-    finally:
-        model.train(training)
+    inputs = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+    with evaluating(model), torch.no_grad(), _Watch(params, inputs) as watch:
+        out = model(*args, **kwargs)
     leaves = [t for t in tree_flatten(_plain(out))[0] if isinstance(t, Tensor)]
     # caches and attention maps also come back; the head feeds the first output and the logits
     tags = [watch.sources.get(id(t), frozenset()) for t in leaves[:2]]
@@ -112,7 +140,9 @@ def _observe(
 def _plain(out: Any) -> Any:
     if hasattr(out, "logits") and isinstance(out.logits, Tensor):
         return [out.logits]
-    return list(out.values()) if isinstance(out, Mapping) else out
+    if isinstance(out, Mapping):
+        return [out["logits"]] if "logits" in out else list(out.values())
+    return out
 
 
 def _role_by_use(p: Tensor, uses: set[str], module: nn.Module) -> str:
@@ -140,7 +170,8 @@ def _role_by_type(p: Tensor, module: nn.Module) -> str:
     if isinstance(module, nn.modules.conv._ConvNd):
         return _filter_role(p, module)
     if p.ndim == 2:
-        return "hidden"
+        # a column or row that is no layer's weight scales something (weight normalization's gains)
+        return "hidden" if isinstance(module, nn.Linear) or 1 not in p.shape else "vector"
     if p.ndim == 3 and p.shape[0] > 1:
         return "stack"
     return "vector"
@@ -176,6 +207,8 @@ def param_groups(
     for prefix, module in model.named_modules():
         for name, p in module.named_parameters(recurse=False):
             full = f"{prefix}.{name}" if prefix else name
+            if isinstance(p, nn.parameter.UninitializedTensorMixin):
+                raise ValueError(f"{full} has no shape yet: run the model once, then group it")
             entry = owners.setdefault(id(p), (full, p, []))
             entry[2].append(module)
     owners = {k: v for k, v in owners.items() if v[1].requires_grad}

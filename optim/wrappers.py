@@ -12,13 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
+from .decay import opmath
 from .delegate import Delegate
+from .groups import evaluating
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [p for g in optimizer.param_groups for p in g["params"]]
+
+
+def _norm(p: Tensor) -> Tensor:
+    """Frobenius norm in float64: squares of float32 numbers overflow."""
+    return torch.linalg.vector_norm(p.detach(), dtype=torch.float64)
 
 
 class NormalizeAndProject(Delegate):
@@ -48,7 +56,7 @@ class NormalizeAndProject(Delegate):
             params = [p for g in groups for p in g["params"] if p.ndim >= 2]
         self.projected = list(params)
         with torch.no_grad():
-            self.norms = [p.detach().float().norm() for p in self.projected]
+            self.norms = [_norm(p) for p in self.projected]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -56,9 +64,10 @@ class NormalizeAndProject(Delegate):
         self.count += 1
         if self.count % self.every == 0:
             for p, norm in zip(self.projected, self.norms, strict=True):
-                now = p.float().norm()
-                ratio = torch.where((now > 0) & (norm > 0), norm / now, 1.0)
-                p.mul_(ratio.to(p.dtype))
+                now = _norm(p)
+                usable = (now > 0) & (norm > 0) & torch.isfinite(now)
+                ratio = torch.where(usable, norm / now, 1.0).to(opmath(p))
+                p.copy_(p * ratio.view(1))  # one-dimensional: half precision would round the ratio
         return loss
 
     def extra_state(self) -> dict[str, Any]:
@@ -109,7 +118,8 @@ class SafeStep(Delegate):
 
     Along the proposed step ``d`` the loss of a sample has complex singularities no nearer than
     ``π/Δ``, ``Δ`` the spread of the directional derivatives of its logits. The step is scaled by
-    ``min(1, r·π/max Δ)``: one forward-mode product per step (*Ghosts of Softmax*).
+    ``min(1, r·π/max Δ)``: one forward-mode product per step (*Ghosts of Softmax*). Where ``Δ`` is not
+    finite the parameters stay where they were.
 
     Args:
         inner: the optimizer; its states advance as if the whole step had been taken.
@@ -155,8 +165,9 @@ class SafeStep(Delegate):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(spread, op=torch.distributed.ReduceOp.MAX)
         scale = (self.radius * math.pi / spread.clamp(min=1e-12)).clamp(max=1.0)
+        scale = torch.where(torch.isfinite(spread), scale, 0.0)
         for n, p in named.items():
-            p.add_(delta[n] * scale.to(p.dtype))
+            p.add_(torch.where(scale > 0, delta[n] * scale.to(p.dtype), 0.0))
         self.scale = float(scale)
         return loss
 
@@ -167,17 +178,14 @@ class SafeStep(Delegate):
             out = torch.func.functional_call(self.model, params, tuple(args))
             return out.logits if hasattr(out, "logits") else out
 
-        training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             if self.method == "jvp":
-                return torch.func.jvp(logits, (at,), (along,))[1]
+                with sdpa_kernel(SDPBackend.MATH):  # the others have no forward-mode derivative
+                    return torch.func.jvp(logits, (at,), (along,))[1]
             h = 1e-3
             ahead = logits({n: p + h * along[n] for n, p in at.items()})
             behind = logits({n: p - h * along[n] for n, p in at.items()})
             return (ahead - behind) / (2 * h)
-        finally:
-            self.model.train(training)
 
 
 def scale_weight_decay(

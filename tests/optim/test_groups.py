@@ -180,3 +180,47 @@ def test_stacks_are_independent_matrices():
     a.step()
     b.step()
     torch.testing.assert_close(stack, torch.stack(list(ones)), rtol=1e-5, atol=1e-6)
+
+
+class Attention(nn.Module):
+    """A library's encoder, whose eval mode is one operator, behind weights computed from others."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0), 1
+        )
+        self.rnn = nn.LSTM(8, 8, batch_first=True)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+        self.spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
+        self.masked = nn.Linear(8, 8)
+        self.register_buffer("mask", torch.ones(8, 8))
+        self.head = nn.Linear(8, 11)
+
+    def forward(self, ids):
+        x, _ = self.rnn(self.encoder(self.embed(ids)))
+        x = self.spectral(self.normed(x))
+        x = nn.functional.linear(x, self.masked.weight * self.mask, self.masked.bias)
+        return {"loss": x.sum(), "logits": self.head(x)}
+
+
+def test_library_modules_and_computed_weights():
+    model = Attention()
+    model.spectral.eval()
+    groups = optim.param_groups(model, (torch.randint(0, 11, (2, 5)),), verbose=False)
+    roles = {n: g["role"] for g in groups for n, _ in g["params"]}
+    matrices = {n for n, p in model.named_parameters() if p.ndim == 2 and 1 not in p.shape}
+    hidden = {n for n, r in roles.items() if r == "hidden"}
+    assert hidden == matrices - {"embed.weight", "head.weight"}
+    assert roles["head.weight"] == "head" and roles["embed.weight"] == "embedding"
+    assert roles["normed.parametrizations.weight.original0"] == "vector"  # its gains
+    assert model.training and not model.spectral.training  # every module in its own mode again
+    assert torch.backends.mha.get_fastpath_enabled()
+    by_type = optim.param_groups(model, verbose=False)
+    assert {n for g in by_type if g["role"] == "hidden" for n, _ in g["params"]} == hidden
+
+
+def test_lazy_models_are_named():
+    with pytest.raises(ValueError, match=r"1\.weight has no shape yet"):
+        optim.param_groups(nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(3)))

@@ -38,7 +38,7 @@ def test_normalize_and_project(inner):
     saved = copy.deepcopy(opt.state_dict())
     opt.norms[0] = opt.norms[0] * 2
     opt.load_state_dict(saved)
-    torch.testing.assert_close(opt.norms[0], start[0])
+    torch.testing.assert_close(opt.norms[0].float(), start[0])
     assert float(opt.param_groups[0]["lr"]) == pytest.approx(0.1 / 8)
 
 
@@ -90,6 +90,47 @@ def test_safe_step_over_a_member_on_a_deep_model():
         opt.step(args=(x,))
     assert opt.scale < 1
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["jvp", "finite_difference"])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_safe_step_takes_no_step_it_cannot_judge(method, poison):
+    model = mlp()
+    opt = optim.SafeStep(torch.optim.SGD(model.parameters(), 0.1), model, method=method)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    opt.step(args=(torch.full((3, 6), poison),))
+    assert opt.scale == 0.0
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_safe_step_through_fused_attention():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    model = nn.Sequential(layer, nn.Linear(8, 3))
+    model[1].eval()
+    scales = []
+    for method in ("jvp", "finite_difference"):
+        twin = copy.deepcopy(model).double()
+        opt = optim.SafeStep(torch.optim.SGD(twin.parameters(), 1.0), twin, method=method)
+        g = torch.Generator().manual_seed(0)
+        for p in twin.parameters():
+            p.grad = torch.randn(p.shape, dtype=p.dtype, generator=g)
+        opt.step(args=(torch.randn(2, 5, 8, dtype=torch.float64, generator=g),))
+        scales.append(opt.scale)
+        assert twin.training and not twin[1].training
+    assert 0 < scales[0] < 1 and scales[0] == pytest.approx(scales[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_projection_of_huge_and_of_half_precision_weights(dtype):
+    p = nn.Parameter(torch.randn(5, 5, generator=torch.Generator().manual_seed(0)).to(dtype))
+    opt = optim.NormalizeAndProject(torch.optim.SGD([p], 1.0))
+    norm = p.detach().double().norm()
+    p.grad = torch.full_like(p, 1e38)  # squares overflow in float32
+    opt.step()
+    torch.testing.assert_close(p.detach().double().norm(), norm, rtol=4e-3, atol=0)
 
 
 def test_cautious_weight_decay():
