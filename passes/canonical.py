@@ -126,6 +126,7 @@ def _replace(graph: fx.Graph, norm: Norm, key: str, moved: dict[fx.Node, fx.Node
             bias,
             norm.eps,
             like=norm.core,
+            **({"floor": True} if norm.floor else {}),
             stat_dtype=norm.stat_dtype,
             norm_dtype=norm.norm_dtype,
             out_dtype=norm.out_dtype,

@@ -249,6 +249,12 @@ class NormArgs:
         except KeyError:
             raise AttributeError(name) from None
 
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """The keyword-only arguments: ``floor`` where the op has it, and the cast order."""
+        names = ("floor", "stat_dtype", "norm_dtype", "out_dtype")
+        return {name: self._values[name] for name in names if name in self._values}
+
     def replaced(self, **changes: Any) -> dict[str, Any]:
         """All arguments by name, with ``changes`` applied (for :func:`emit` as keywords)."""
         return {**self._values, **changes}

@@ -60,7 +60,7 @@ class Square:
 
 @dataclass(frozen=True)
 class Stat:
-    """``c·N^p·Σ v^power + shift`` over ``dims``.
+    """``max(c·N^p·Σ v^power + shift, floor)`` over ``dims``; no bound where ``floor`` is 0.
 
     ``kept`` says that the dims are kept with size 1. ``wide``: the spelling accumulates in PyTorch's
     accumulation dtype before rounding to ``dtype`` (``var``, ``norm``).
@@ -76,12 +76,13 @@ class Stat:
     c: float = 1.0
     p: float = 0.0
     shift: float = 0.0
+    floor: float = 0.0
     wide: bool = False
     flaw: str | None = None
 
     @property
     def is_mean(self) -> bool:
-        return self.shift == 0.0 and _is_one(self.c, self.p + 1, self.n)
+        return self.shift == 0.0 == self.floor and _is_one(self.c, self.p + 1, self.n)
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ class Norm:
     x: fx.Node
     dims: tuple[int, ...]
     eps: float
+    floor: bool
     stat_dtype: torch.dtype
     norm_dtype: torch.dtype
     out_dtype: torch.dtype
@@ -241,7 +243,7 @@ _RESHAPES = frozenset(
 _SLICES = (aten.slice, aten.narrow, aten.select, aten.split, aten.split_with_sizes, aten.chunk)
 
 FLAW_ROOT_EPS = "eps is added to the root, not inside it"
-FLAW_CLAMP = "the statistic is clamped from below (max(·, eps)) where a norm adds eps"
+FLAW_CLAMP = "the statistic is clamped, and not as max(mean(x²), eps) or max(rms, eps)"
 FLAW_UNBIASED = "the variance is unbiased (divided by d − 1, not d)"
 FLAW_CANCEL = "the variance is written E[x²] − E[x]², whose cancellation a norm does not reproduce"
 

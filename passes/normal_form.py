@@ -167,7 +167,9 @@ class NormalForm:
         if not isinstance(a, fx.Node):
             return None
         v = ir.val(a)
-        if isinstance(v, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(v, bool):
+        if isinstance(v, (torch.SymInt, torch.SymFloat)):
+            return Number(_fixed(v))
+        if isinstance(v, (int, float)) and not isinstance(v, bool):
             return Number(v)
         if not isinstance(v, torch.Tensor) or v.dim() != 0 or a.meta.get("mutated"):
             return None
@@ -322,10 +324,14 @@ class NormalForm:
         weight = self.is_weight(node)
         if flaw is None and _is_one(c, p, stat.n):
             eps = self._eps(stat)
-            if eps is not None:
-                v = s.v
+            v = s.v
+            wide = _opmath(stat.v.dtype) if stat.wide else stat.v.dtype
+            if stat.floor and v.center is not None:
+                flaw = "the deviation is clamped from below where a LayerNorm adds eps"
+            elif stat.floor and eps is not None and eps < torch.finfo(wide).tiny:
+                flaw = f"the bound of the mean square, {eps:.3g}, is none in {_short(wide)}"
+            elif eps is not None:
                 x = v.center.x if v.center is not None else v
-                wide = _opmath(stat.v.dtype) if stat.wide else stat.v.dtype
                 assert x.node is not None
                 if weight and self._only_weight_of_a_linear(node):
                     return
@@ -335,6 +341,7 @@ class NormalForm:
                     x=x.node,
                     dims=stat.dims,
                     eps=eps,
+                    floor=stat.floor > 0,
                     stat_dtype=wide,
                     norm_dtype=stat.v.dtype,
                     out_dtype=ir.dtype(node),
@@ -345,7 +352,8 @@ class NormalForm:
                     stage=0 if s.gain is None else 2,
                 )
                 return
-            flaw = "eps is divided by a size that is not known before the model runs"
+            else:
+                flaw = "eps is divided by a size that is not known before the model runs"
         if weight:
             return
         if _is_one(c, p + 0.5, stat.n) and not _is_one(c, p, stat.n):
@@ -361,13 +369,14 @@ class NormalForm:
 
     @staticmethod
     def _eps(stat: Stat) -> float | None:
-        """``shift / (c·N^(p+1))``: eps once the statistic is written as a mean."""
-        if stat.shift == 0.0:
+        """``shift / (c·N^(p+1))``: eps once the statistic is written as a mean; so for ``floor``."""
+        eps = stat.floor or stat.shift
+        if eps == 0.0:
             return 0.0
         if stat.p == -1:
-            return stat.shift if stat.c == 1.0 else stat.shift / stat.c
+            return eps if stat.c == 1.0 else eps / stat.c
         if isinstance(stat.n, int):
-            return stat.shift / (stat.c * float(stat.n) ** (stat.p + 1))
+            return eps / (stat.c * float(stat.n) ** (stat.p + 1))
         return None
 
     @staticmethod
@@ -399,6 +408,14 @@ class NormalForm:
         if varies and not any(d in dims for d in varies):
             return None
         return gain
+
+
+def _fixed(v: torch.SymInt | torch.SymFloat) -> Any:
+    """The number that a size turned out to be while the model was traced, or ``v`` itself."""
+    expr = v.node.expr
+    if not expr.is_number:
+        return v
+    return int(expr) if isinstance(v, torch.SymInt) else float(expr)
 
 
 def _separates(node: fx.Node) -> bool:

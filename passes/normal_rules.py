@@ -13,6 +13,7 @@ from . import ir
 from .normal_facts import (
     _SLICES,
     FLAW_CANCEL,
+    FLAW_CLAMP,
     FLAW_ROOT_EPS,
     Fact,
     Norm,
@@ -83,12 +84,20 @@ def _collapsed(root: Root) -> Fact | None:
 
 
 def _scaled_stat(stat: Stat, c: float, p: float, text: str, flaw: str | None) -> Stat | None:
-    shift = stat.shift * c
-    if shift and p:
+    factor = c
+    if (stat.shift or stat.floor) and p:
         if not isinstance(stat.n, int):
             return None
-        shift *= float(stat.n) ** p
-    return replace(stat, c=stat.c * c, p=stat.p + p, shift=shift, text=text, flaw=stat.flaw or flaw)
+        factor *= float(stat.n) ** p
+    return replace(
+        stat,
+        c=stat.c * c,
+        p=stat.p + p,
+        shift=stat.shift * factor,
+        floor=stat.floor * factor,
+        text=text,
+        flaw=stat.flaw or flaw or (FLAW_CLAMP if stat.floor and c < 0 else None),
+    )
 
 
 def _scale(
@@ -431,7 +440,8 @@ def _add_number(form: NormalForm, node: fx.Node, x: Any, number: Number, factor:
         return None
     if isinstance(fact, Stat) and fact.power == 2 and ir.dtype(node) == fact.dtype:
         shift = fact.shift + factor * number.value
-        return replace(fact, shift=shift, text=f"{fact.text}+eps")
+        flaw = fact.flaw or (FLAW_CLAMP if fact.floor and number.value else None)
+        return replace(fact, shift=shift, text=f"{fact.text}+eps", flaw=flaw)
     if isinstance(fact, Root) and number.value != 0:
         flaw = fact.flaw or FLAW_ROOT_EPS
         return replace(fact, flaw=flaw, text=f"({fact.text}+eps)")

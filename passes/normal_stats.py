@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import replace
 from typing import Any
@@ -156,8 +157,6 @@ def _vecdot(form: NormalForm, node: fx.Node) -> Fact | None:
 def _clamp(form: NormalForm, node: fx.Node) -> Fact | None:
     a = node.args[0]
     args = bind(node)
-    if args.get("max") is not None:
-        return None
     if ir.is_call(node, aten.relu):
         low: Any = 0.0
     else:
@@ -168,13 +167,40 @@ def _clamp(form: NormalForm, node: fx.Node) -> Fact | None:
         fact = form.fact(a)
     if not isinstance(fact, (Stat, Root)):
         return None
-    stat = fact if isinstance(fact, Stat) else fact.stat
     number = form.constant(low)
-    positive = stat.power == 2 and stat.c >= 0 and stat.shift >= 0 and not stat.flaw
-    if positive and number is not None and number.value == 0:
-        if isinstance(fact, Stat) or fact.c >= 0:
-            return fact  # never negative in the first place
+    bounded = None
+    above = args.get("max") is not None
+    if not above and number is not None and isinstance(number.value, (int, float)):
+        # the bound as the op's own dtype holds it: 1e-12 is zero in float16
+        bound = float(torch.tensor(number.value, dtype=ir.dtype(node)))
+        bounded = _bounded_root(fact, bound) if isinstance(fact, Root) else _bounded(fact, bound)
+    if bounded is not None:
+        return bounded
     return replace(fact, flaw=fact.flaw or FLAW_CLAMP, text=f"max({fact.text},eps)")
+
+
+def _bounded(stat: Stat, bound: float) -> Stat | None:
+    """``max(stat, bound)``."""
+    if stat.power != 2 or stat.c < 0 or stat.shift < 0 or stat.floor or stat.flaw:
+        return None
+    if bound <= stat.shift:
+        return stat  # never smaller in the first place
+    if stat.shift or not math.isfinite(bound):
+        return None
+    return replace(stat, floor=bound, text=f"max({stat.text},eps)")
+
+
+def _bounded_root(root: Root, bound: float) -> Root | None:
+    """``max(c·N^p·sqrt(stat), bound)``: the root of the bounded statistic."""
+    if root.q != 0.5 or root.c <= 0 or root.gain is not None or root.flaw:
+        return None
+    factor = root.c
+    if root.p:
+        if not isinstance(root.stat.n, int) or root.stat.n < 1:
+            return None
+        factor *= float(root.stat.n) ** root.p
+    stat = _bounded(root.stat, math.copysign((bound / factor) ** 2, bound))
+    return None if stat is None else replace(root, stat=stat, text=f"max({root.text},eps)")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -206,6 +232,7 @@ def _native(
         x=v.node if v is not None and v.node is not None else x,
         dims=tuple(range(-len(args["normalized_shape"]), 0)),
         eps=float(eps),
+        floor=False,
         stat_dtype=opmath,
         norm_dtype=opmath if absorbed or exact else dtype,
         out_dtype=dtype,

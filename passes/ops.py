@@ -13,7 +13,8 @@ Cast order is part of an op's contract (design: "the precise cast order of the s
     y = y * gain ; y = y + bias            # ordinary torch type promotion
     y = y.to(out_dtype)
 
-``None`` for a dtype means "as it comes" (no cast at that point).
+``None`` for a dtype means "as it comes" (no cast at that point). With ``floor`` the statistic of an
+RMSNorm is bounded from below instead: ``rsqrt(max(mean(h²), eps))``.
 """
 
 from __future__ import annotations
@@ -47,9 +48,11 @@ _lib = torch.library.Library("normfuse", "DEF")
 # The dispatcher drops arguments that equal the schema's default before it calls the Python body, so
 # defaults here and in the functions below must be the same.
 _NORM_ARGS = (
-    "int[] dims, Tensor? gain=None, Tensor? bias=None, float eps={eps}, *, "
+    "int[] dims, Tensor? gain=None, Tensor? bias=None, float eps={eps}, *, {floor}"
     "ScalarType? stat_dtype=None, ScalarType? norm_dtype=None, ScalarType? out_dtype=None"
 )
+_LAYER_ARGS = _NORM_ARGS.format(eps="1e-5", floor="")
+_RMS_ARGS = _NORM_ARGS.format(eps="1e-6", floor="bool floor=False, ")
 
 
 def _opmath(dtype: torch.dtype) -> torch.dtype:
@@ -96,6 +99,12 @@ def _is_native(
     return all(t is None or (t.dtype == x.dtype and tuple(t.shape) == shape) for t in (gain, bias))
 
 
+def _rstd(h: Tensor, dims: Sequence[int], eps: float, floor: bool = False) -> Tensor:
+    square = h.square().mean(dims, keepdim=True)
+    # the bound lies under the root: a root of zero has no gradient, even one that is not used
+    return torch.rsqrt(square.clamp_min(eps) if floor else square + eps)
+
+
 def layer_norm(
     x: Tensor,
     dims: Sequence[int],
@@ -122,7 +131,7 @@ def layer_norm(
         return F.layer_norm(x, tuple(x.shape[x.dim() - len(dims) :]), gain, bias, eps)
     h = x if stat_dtype is None else x.to(stat_dtype)
     h = h - h.mean(dims, keepdim=True)
-    y = h * torch.rsqrt(h.square().mean(dims, keepdim=True) + eps)
+    y = h * _rstd(h, dims, eps)
     return _finish(y, gain, bias, norm_dtype, out_dtype)
 
 
@@ -133,13 +142,18 @@ def rms_norm(
     bias: Tensor | None = None,
     eps: float = 1e-6,
     *,
+    floor: bool = False,
     stat_dtype: torch.dtype | None = None,
     norm_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """RMSNorm (Zhang & Sennrich, 2019, eq. 4). Arguments as for :func:`layer_norm`."""
+    """RMSNorm (Zhang & Sennrich, 2019, eq. 4). Arguments as for :func:`layer_norm`.
+
+    With ``floor``, ``eps`` is the least mean square that is divided by, and nothing is added:
+    ``F.normalize(x, dim=-1)·√d`` is this with ``eps = 1e-24/d``.
+    """
     h = x if stat_dtype is None else x.to(stat_dtype)
-    y = h * torch.rsqrt(h.square().mean(dims, keepdim=True) + eps)
+    y = h * _rstd(h, dims, eps, floor)
     return _finish(y, gain, bias, norm_dtype, out_dtype)
 
 
@@ -172,6 +186,7 @@ def add_rms_norm(
     bias: Tensor | None = None,
     eps: float = 1e-6,
     *,
+    floor: bool = False,
     stat_dtype: torch.dtype | None = None,
     norm_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
@@ -188,6 +203,7 @@ def add_rms_norm(
             gain,
             bias,
             eps,
+            floor=floor,
             stat_dtype=stat_dtype,
             norm_dtype=norm_dtype,
             out_dtype=out_dtype,
@@ -226,11 +242,18 @@ def add_layer_norm(
 
 
 def row_rstd(
-    x: Tensor, dims: Sequence[int], eps: float = 1e-6, *, stat_dtype: torch.dtype | None = None
+    x: Tensor,
+    dims: Sequence[int],
+    eps: float = 1e-6,
+    *,
+    floor: bool = False,
+    stat_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``rsqrt(mean(x²) + eps)`` over ``dims``, kept dims, in ``stat_dtype``."""
-    h = x if stat_dtype is None else x.to(stat_dtype)
-    return torch.rsqrt(h.square().mean(dims, keepdim=True) + eps)
+    """``rsqrt(mean(x²) + eps)`` over ``dims``, kept dims, in ``stat_dtype``.
+
+    With ``floor``: ``rsqrt(max(mean(x²), eps))``.
+    """
+    return _rstd(x if stat_dtype is None else x.to(stat_dtype), dims, eps, floor)
 
 
 def scaled_linear(
@@ -326,7 +349,7 @@ def seed_norm(
     over all of ``d``. With ``beta = 0`` the result equals :func:`rms_norm` in every dtype.
     """
     h = x if stat_dtype is None else x.to(stat_dtype)
-    y = h * torch.rsqrt(h.square().mean(dims, keepdim=True) + eps)
+    y = h * _rstd(h, dims, eps)
     if norm_dtype is not None:
         y = y.to(norm_dtype)
     wide = h.to(_opmath(h.dtype))
@@ -363,7 +386,7 @@ def ada_rms_norm(
     gain stays. ``alpha = 1, beta = 0`` undoes the normalization (up to the epsilons).
     """
     h = x if stat_dtype is None else x.to(stat_dtype)
-    y = h * torch.rsqrt(h.square().mean(dims, keepdim=True) + eps)
+    y = h * _rstd(h, dims, eps)
     wide = h.to(_opmath(h.dtype))
     inner = alpha.to(wide.dtype) * wide + beta.to(wide.dtype)
     square = inner.square().mean(dims, keepdim=True)
@@ -443,20 +466,17 @@ def affine_heads(
     return out, alpha.detach().mean((-1, -2)).reshape(-1, heads).mean(0)
 
 
-_lib.define(f"layer_norm(Tensor x, {_NORM_ARGS.format(eps='1e-5')}) -> Tensor")
-_lib.define(f"rms_norm(Tensor x, {_NORM_ARGS.format(eps='1e-6')}) -> Tensor")
-_lib.define(
-    f"add_layer_norm(Tensor x, Tensor residual, {_NORM_ARGS.format(eps='1e-5')}) -> (Tensor, Tensor)"
-)
-_lib.define(
-    f"add_rms_norm(Tensor x, Tensor residual, {_NORM_ARGS.format(eps='1e-6')}) -> (Tensor, Tensor)"
-)
+_lib.define(f"layer_norm(Tensor x, {_LAYER_ARGS}) -> Tensor")
+_lib.define(f"rms_norm(Tensor x, {_RMS_ARGS}) -> Tensor")
+_lib.define(f"add_layer_norm(Tensor x, Tensor residual, {_LAYER_ARGS}) -> (Tensor, Tensor)")
+_lib.define(f"add_rms_norm(Tensor x, Tensor residual, {_RMS_ARGS}) -> (Tensor, Tensor)")
 _lib.define(
     "crms_norm(Tensor x, Tensor? gain=None, Tensor? bias=None, float eps=1e-5, *, "
     "ScalarType? stat_dtype=None, ScalarType? norm_dtype=None, ScalarType? out_dtype=None) -> Tensor"
 )
 _lib.define(
-    "row_rstd(Tensor x, int[] dims, float eps=1e-6, *, ScalarType? stat_dtype=None) -> Tensor"
+    "row_rstd(Tensor x, int[] dims, float eps=1e-6, *, bool floor=False, "
+    "ScalarType? stat_dtype=None) -> Tensor"
 )
 _lib.define(
     "scaled_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None, *, "
@@ -521,6 +541,7 @@ def _norm_shape(
     bias: Tensor | None = None,
     eps: float = 0.0,
     *,
+    floor: bool = False,
     stat_dtype: torch.dtype | None = None,
     norm_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
@@ -531,7 +552,12 @@ def _norm_shape(
 
 
 def _row_rstd_shape(
-    x: Tensor, dims: Sequence[int], eps: float = 0.0, *, stat_dtype: torch.dtype | None = None
+    x: Tensor,
+    dims: Sequence[int],
+    eps: float = 0.0,
+    *,
+    floor: bool = False,
+    stat_dtype: torch.dtype | None = None,
 ) -> Tensor:
     kept = [1 if i - x.dim() in dims else s for i, s in enumerate(x.shape)]
     return x.new_empty(kept, dtype=stat_dtype or x.dtype)

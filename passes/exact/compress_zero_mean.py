@@ -162,6 +162,10 @@ class CompressZeroMean(Pass):
                     "first (FoldAffine)",
                     r.node,
                 )
+            if args.floor:
+                raise Refuse(
+                    "the norm bounds its statistic from below instead of adding eps", r.node
+                )
             if list(args.dims) != [-1]:
                 raise Refuse(f"normalizes over dims {list(args.dims)}, not the last one", r.node)
 

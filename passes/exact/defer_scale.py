@@ -227,6 +227,7 @@ def _commit(norm: fx.Node, args: Any, readings: list[Reading], builder: WeightBu
             [-1],
             args.eps,
             like=norm,
+            floor=args.floor,
             stat_dtype=args.stat_dtype or ir.dtype(args.x),
         )
         ir.inherit(scale, norm, site=True)

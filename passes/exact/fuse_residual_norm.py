@@ -120,9 +120,7 @@ class FuseResidualNorm(Pass):
                     args.bias,
                     args.eps,
                     like=node,
-                    stat_dtype=args.stat_dtype,
-                    norm_dtype=args.norm_dtype,
-                    out_dtype=args.out_dtype,
+                    **args.keywords,
                 )
                 ir.inherit(both, node, site=True)
                 y = ir.emit(graph, operator.getitem, both, 0, like=node)

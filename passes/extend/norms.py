@@ -94,7 +94,7 @@ class InsertGatedNorm(_Rescaling):
             if not fresh:
                 self.reused.append(down)
             graph = gm.graph
-            if node.target is nf.rms_norm.default:
+            if node.target is nf.rms_norm.default and not args.floor:
                 with graph.inserting_before(node):
                     gated = ir.emit(
                         graph,
@@ -208,6 +208,12 @@ class _Dynamic(_Rescaling):
                 "the residual add is fused into the norm: run before fuse_residual_norm", node
             )
         args = ir.NormArgs(node)
+        if args.floor:
+            raise Refuse(
+                "the norm bounds its statistic from below instead of adding eps: gate it with "
+                "insert_gated_norm",
+                node,
+            )
         if args.gain is not None and not ir.shape(args.gain):
             raise Refuse("the norm's gain is a single number", node)
         d = width(args.x)

@@ -109,8 +109,22 @@ class PlusOne(nn.Module):
         return (h * (1.0 + self.weight.to(wide))).to(x.dtype)
 
 
+class Bounded(nn.Module):
+    """``F.normalize(x)·√d``, as vision and diffusion models write RMSNorm."""
+
+    def __init__(self, d, affine=True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d)) if affine else None
+
+    def forward(self, x):
+        y = F.normalize(x, dim=-1) * x.shape[-1] ** 0.5
+        return y if self.weight is None else y * self.weight
+
+
 def make_norm(kind, d):
     return {
+        "bounded": lambda: Bounded(d),
+        "bounded_plain": lambda: Bounded(d, affine=False),
         "layer": lambda: nn.LayerNorm(d),
         "layer_no_bias": lambda: nn.LayerNorm(d, bias=False),
         "rms": lambda: nn.RMSNorm(d, eps=1e-6),
@@ -207,7 +221,7 @@ class NormAndReaders(nn.Module):
 
 @st.composite
 def norms_and_readers(
-    draw, norms=("layer", "layer_no_bias", "rms", "plus_one"), kinds=Reader.KINDS
+    draw, norms=("layer", "layer_no_bias", "rms", "plus_one", "bounded"), kinds=Reader.KINDS
 ):
     """``(model in float64, args, its norm, its readers' kinds)``."""
     norm = draw(st.sampled_from(norms))

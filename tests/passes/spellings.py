@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 D = 12
 EPS = 1e-5
+BOUND = 2.0**-6  # a bound that every dtype holds, and its square too
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -53,7 +54,7 @@ class Spelling:
     Attributes:
         f: ``f(m, x) -> Tensor``.
         kind: ``layer_norm`` or ``rms_norm``.
-        dims, gain, bias, eps: what the recognized node must say.
+        dims, gain, bias, eps, floor: what the recognized node must say.
         casts: expected ``(stat, norm, out)`` dtypes for an input in a narrow dtype; ``"x"`` stands
             for that dtype, ``"f"`` for float32. ``None`` for a near miss in narrow dtypes.
         shape: shape of the input.
@@ -66,6 +67,7 @@ class Spelling:
     gain: bool = False
     bias: bool = False
     eps: float = EPS
+    floor: bool = False
     dims: tuple[int, ...] = (-1,)
     shape: tuple[int, ...] = (3, 4, D)
 
@@ -326,6 +328,37 @@ def rms_harmless_clamp(m, x):
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).clamp(min=0) + EPS)
 
 
+@spelling("rms_norm", "xxx", floor=True, eps=BOUND)
+def rms_clamped_mean_square(m, x):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).clamp_min(BOUND))
+
+
+@spelling("rms_norm", "xxx", floor=True, eps=BOUND**2)
+def rms_maximum_of_root(m, x):
+    r = x.pow(2).mean(-1, keepdim=True).sqrt()
+    return x / torch.maximum(r, torch.tensor(BOUND, dtype=x.dtype))
+
+
+@spelling("rms_norm", "fxx", gain=True, floor=True, eps=BOUND**2 / D)
+def rms_functional_normalize(m, x):
+    return F.normalize(x, dim=-1, eps=BOUND) * D**0.5 * m.w
+
+
+@spelling("rms_norm", "fxx", gain=True, floor=True, eps=BOUND**2 / D)
+def rms_functional_normalize_gain_first(m, x):
+    return m.w * F.normalize(x, dim=-1, eps=BOUND) * math.sqrt(x.shape[-1])
+
+
+@spelling("rms_norm", "ffx", gain=True, floor=True, eps=1e-24 / D)
+def rms_functional_normalize_in_float32(m, x):
+    return (F.normalize(x.float(), dim=-1) * D**0.5 * m.w.float()).to(x.dtype)
+
+
+@spelling("rms_norm", "fxx", floor=True, eps=BOUND**2 / 4, dims=(-2,), shape=(3, 4, D))
+def rms_functional_normalize_of_channels(m, x):
+    return F.normalize(x, dim=1, eps=BOUND) * 2
+
+
 @spelling("rms_norm", "fxx", gain=True)
 def rms_gain_cast_like_the_input(m, x):
     h = x.float()
@@ -568,19 +601,39 @@ def broadcast_along_the_wrong_axis(m, x):
 
 
 @miss("clamped")
-def clamp_of_the_mean_square(m, x):
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).clamp_min(EPS))
+def clamped_variance(m, x):
+    h = x - x.mean(-1, keepdim=True)
+    return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True).clamp_min(BOUND))
 
 
 @miss("clamped")
-def functional_normalize_times_sqrt_d(m, x):
-    return F.normalize(x, dim=-1) * D**0.5 * m.w
+def clamped_rstd(m, x):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True)).clamp_min(EPS)
 
 
 @miss("clamped")
-def maximum_of_root(m, x):
-    r = x.pow(2).mean(-1, keepdim=True).sqrt()
-    return x / torch.maximum(r, torch.tensor(EPS, dtype=x.dtype))
+def clamped_and_eps(m, x):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).clamp_min(BOUND) + EPS)
+
+
+@miss("clamped")
+def eps_and_clamped(m, x):
+    return x * torch.rsqrt((x.pow(2).mean(-1, keepdim=True) + EPS).clamp_min(BOUND))
+
+
+@miss("clamped")
+def clamped_from_above(m, x):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).clamp(BOUND, 10.0))
+
+
+@miss("bound of the mean square")
+def bound_that_underflows(m, x):
+    return F.normalize(x.float(), dim=-1, eps=1e-30) * D**0.5
+
+
+@miss("constant factor 0.957427")
+def functional_normalize_over_another_size(m, x):
+    return F.normalize(x, dim=-1) * (D - 1) ** 0.5
 
 
 @miss("cancellation")

@@ -8,6 +8,7 @@ import time
 import pytest
 import spellings as table
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from normfuse.passes import ir
@@ -111,6 +112,7 @@ def test_spelling(row, dtype):
     assert tuple(a.dims) == row.dims
     assert (a.gain is not None, a.bias is not None) == (row.gain, row.bias)
     assert a.eps == pytest.approx(row.eps, rel=1e-7, abs=0)
+    assert a._values.get("floor", False) == row.floor
     assert [a.stat_dtype, a.norm_dtype, a.out_dtype] == _dtypes(row.casts, dtype)
     assert node.meta["site"] and node.meta["spelling"] and "where" in node.meta
     assert_same_function(raw, gm, x)
@@ -296,13 +298,48 @@ def test_flawed_combination_never_fires(choice, flaw):
     assert torch.equal(raw(x), gm(x))
 
 
+def test_rows_at_the_bound_of_a_functional_normalize():
+    """Rows of zeros, below the bound and far above it: values and gradients as in eager."""
+
+    class Bounded(nn.Module):
+        def forward(self, x):
+            return F.normalize(x, dim=-1) * D**0.5
+
+    x = torch.randn(5, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x *= torch.tensor([0.0, 1e-14, 1e-12, 1.0, 1e9], dtype=torch.float64)[:, None]
+    raw, gm = raw_and_canonical(Bounded(), x)
+    assert len(ir.norm_nodes(gm)) == 1
+    results = []
+    for g in (raw, gm):
+        leaf = x.clone().requires_grad_()
+        y = g(leaf)
+        results.append((y, *torch.autograd.grad(y.sin().sum(), leaf)))
+    for a, b in zip(*results, strict=True):
+        assert torch.isfinite(a).all()
+        torch.testing.assert_close(b, a, rtol=1e-12, atol=0)
+    x[1, 0], x[3, 2] = torch.nan, torch.inf
+    assert torch.equal(raw(x).isnan(), gm(x).isnan())
+
+
+def test_a_bound_that_float16_rounds_to_zero_is_none():
+    x = example((2, D), torch.float16)
+    raw, gm = raw_and_canonical(
+        Spelled(lambda m, x: F.normalize(x, dim=-1) * D**0.5, torch.float16), x
+    )
+    args = ir.NormArgs(ir.norm_nodes(gm)[0])
+    assert (args.eps, args.floor) == (0.0, False)
+    x[0] = 0
+    assert torch.equal(raw(x).isnan(), gm(x).isnan())
+
+
 # ---------------------------------------------------------------------------------------------
 # The graph around the norms
 
 
 def test_gradients_are_unchanged():
     f = {s.name: s.f for s in table.SPELLINGS}
-    for name in ("rms_llama", "ln_biased_var", "ln_channels_first", "rms_vector_norm_over_sqrt_d"):
+    names = ("rms_llama", "ln_biased_var", "ln_channels_first", "rms_vector_norm_over_sqrt_d")
+    for name in (*names, "rms_functional_normalize"):
         shape = next(s.shape for s in table.SPELLINGS if s.name == name)
         model = Spelled(f[name], torch.float32)
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))

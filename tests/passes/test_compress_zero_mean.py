@@ -13,6 +13,7 @@ from normfuse.passes.exact.compress_zero_mean import CompressZeroMean
 from normfuse.passes.exact.fold_affine import FoldAffine
 from normfuse.passes.exact.remove_mean import RemoveMean
 from normfuse.passes.manager import Context, PassManager
+from properties import Bounded
 from stream_models import EncoderDecoder, Toy, randomize
 from torch import nn
 
@@ -156,6 +157,12 @@ def test_streams_that_are_not_zero_mean():
     model = randomize(Between(lambda m, x: m.out(m.rms(x)))).eval()
     _, report = rewrite(model, (torch.randn(2, 5),))
     assert any("not zero-mean by construction" in r for r in mine(report))
+
+
+def test_a_bounded_statistic():
+    model = randomize(Between(lambda m, x: m.out(Bounded(8, affine=False)(m.norm(x))))).eval()
+    _, report = rewrite(model, (torch.randn(2, 5),), steps=(CompressZeroMean,))
+    assert any("bounds its statistic from below" in r for r in mine(report))
 
 
 def test_unfolded_gains():

@@ -36,7 +36,7 @@ def test_identity():
 
 
 @settings(max_examples=16, deadline=None, derandomize=True)
-@given(norms_and_readers(norms=("rms", "plain", "plus_one"), kinds=Reader.ROWS))
+@given(norms_and_readers(norms=("rms", "plain", "plus_one", "bounded"), kinds=Reader.ROWS))
 def test_same_function_and_gradients(case):
     model, args, *_, kinds = case
     gm, report = rewrite(model, args, FoldAffine(), DeferScale())
@@ -66,6 +66,14 @@ def test_working_precision(dtype, scale):
     eager, ours, report = low_precision_errors(model, args, DeferScale())
     assert report.applied
     assert ours <= 1.5 * eager
+
+
+def test_a_row_of_zeros_stays_finite_where_the_statistic_is_bounded():
+    model = randomize(NormAndReaders("bounded_plain", d=4).double())
+    args = (torch.randn(3, 4, dtype=torch.float64) * torch.tensor([[0.0], [1e-14], [1.0]]),)
+    gm, report = rewrite(model, args, DeferScale())
+    assert report.applied
+    assert_same(model, gm, args)
 
 
 def test_scale_is_kept_wide_until_after_the_bias():

@@ -234,6 +234,26 @@ def test_layer_norms_are_gated_and_otherwise_refused():
     torch.testing.assert_close(gm(x), y * 2 * gate.sigmoid(), rtol=1e-4, atol=1e-5)
 
 
+def test_norms_with_a_bounded_statistic_are_gated_and_otherwise_refused():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x + self.linear(F.normalize(x, dim=-1) * 8**0.5)
+
+    x = torch.randn(3, 8)
+    x[0] = 0
+    gm = capture_(Model(), x)
+    before = gm(x)
+    for name in ("SeeDNorm", "AdaRMSNorm"):
+        report = run_pass(gm, name)
+        assert not report.applied and "insert_gated_norm" in report.refused[0][2]
+    assert run_pass(gm, "InsertGatedNorm").applied
+    equal(gm(x), before)
+
+
 def test_fused_residual_norms():
     x = torch.randn(2, 3, 8)
     gm = capture_(stirred(Two(8)), x)

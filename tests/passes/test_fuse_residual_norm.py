@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from normfuse import passes
 from normfuse.passes import Context, PassManager, ir
 from normfuse.passes.exact import FuseResidualNorm
-from properties import assert_idempotent, assert_same, count, rewrite, toys
+from properties import Bounded, assert_idempotent, assert_same, count, rewrite, toys
 from stream_models import randomize
 from torch import nn
 
@@ -118,6 +118,7 @@ class Sums(nn.Module):
         make = {
             "layer": lambda: nn.LayerNorm(d, elementwise_affine=affine),
             "rms": lambda: nn.RMSNorm(d, eps=1e-6, elementwise_affine=affine),
+            "bounded": lambda: Bounded(d, affine),
         }[kind]
         self.norms = nn.ModuleList(make() for _ in range(blocks))
         self.layers = nn.ModuleList(nn.Linear(d, d) for _ in range(blocks))
@@ -134,7 +135,7 @@ class Sums(nn.Module):
 
 @settings(max_examples=16, deadline=None, derandomize=True)
 @given(
-    st.sampled_from(["layer", "rms"]),
+    st.sampled_from(["layer", "rms", "bounded"]),
     st.booleans(),
     st.sampled_from([4, 6]),
     st.integers(1, 3),
