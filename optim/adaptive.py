@@ -105,13 +105,7 @@ class Dampened(Stage):
 _ADAM = {"lr": 1e-3, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
 
 
-def _check_betas(group: Mapping[str, Any]) -> None:
-    if len(tuple(group["betas"])) != 2:
-        raise ValueError(f"betas must be two numbers, got {group['betas']!r}")
-
-
 def _adamw(group: Mapping[str, Any]) -> Pipeline:
-    _check_betas(group)
     cautious = bool(group.get("cautious", False))
     return Pipeline((AdamMoments(group["eps"]),), ("betas",), matrix=False, cautious=cautious)
 
@@ -140,7 +134,6 @@ class AdamW(_Member):
 
 
 def _adamp(group: Mapping[str, Any]) -> Pipeline:
-    _check_betas(group)
     moments = AdamMoments(group["eps"], bool(group["nesterov"]))
     radial = RemoveRadial(group["delta"], group["wd_ratio"], group["eps"])
     return Pipeline((moments, radial), ("betas",), matrix=False)
@@ -181,5 +174,5 @@ class SGDP(_Member):
             "wd_ratio": 0.1,
         },
         unit=("momentum",),
-        positive=("eps", "delta", "wd_ratio"),
+        positive=("eps", "delta", "wd_ratio", "dampening"),
     )

@@ -9,6 +9,7 @@ call per bucket), saving, loading, pickling and reports.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .buckets import Bucket, Slot, make_slots
+from .newton_schulz import DTYPES
 from .pipeline import COMPILED, Pipeline
 from .products import workspace
 
@@ -25,21 +27,11 @@ from .products import workspace
 MAX_BUCKET_BYTES = 2 * 2**30
 
 
+#: Numbers that schedules move.
+_MOVING = ("lr", "weight_decay", "momentum", "betas", "beta2", "block_lr")
+
 #: Group entries whose change never rebuilds anything.
-_LIVE = frozenset(
-    (
-        "params",
-        "param_names",
-        "lr",
-        "initial_lr",
-        "weight_decay",
-        "momentum",
-        "betas",
-        "beta2",
-        "block_lr",
-        "block_step",
-    )
-)
+_LIVE = frozenset((*_MOVING, "params", "param_names", "initial_lr", "block_step"))
 
 
 @dataclass(frozen=True)
@@ -90,10 +82,25 @@ def _check_numbers(algorithm: Algorithm, group: Mapping[str, Any]) -> None:
     check_number(group["weight_decay"], "weight_decay")
     for key in algorithm.positive:
         check_number(group[key], key)
+    if "betas" in algorithm.unit:
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {betas!r}")
     for key in algorithm.unit:
         values = group[key] if isinstance(group[key], (tuple, list)) else [group[key]]
         for i, v in enumerate(values):
             check_number(v, f"{key}[{i}]" if len(values) > 1 else key, high=1.0)
+
+
+def _check_live(group: Mapping[str, Any], number: int) -> None:
+    """Numbers that schedules move must stay finite; those on accelerators are not read."""
+    for key in _MOVING:
+        value = group.get(key)
+        for v in value if isinstance(value, (tuple, list)) else (value,):
+            if v is None or (isinstance(v, Tensor) and v.device.type != "cpu"):
+                continue
+            if not math.isfinite(v):
+                raise ValueError(f"{key} of group {number} is {v}")
 
 
 class MatrixOptimizer(Optimizer):
@@ -170,8 +177,10 @@ class MatrixOptimizer(Optimizer):
             name = _name(group, number, i)
             if torch.is_complex(p):
                 raise ValueError(f"{name} is complex; {algorithm.name} needs real parameters")
-            if not p.is_floating_point():
-                raise ValueError(f"{name} has dtype {p.dtype}; a floating dtype is needed")
+            if p.dtype not in DTYPES:
+                raise ValueError(
+                    f"{name} has dtype {p.dtype}; a floating dtype from float16 to float64 is needed"
+                )
             if p.layout != torch.strided:
                 raise ValueError(f"{name} is {p.layout}; a dense parameter is needed")
             slots = make_slots(p, name, group, pipeline)
@@ -234,38 +243,40 @@ class MatrixOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for number, group in enumerate(self.param_groups):
+            _check_live(group, number)
         buckets = self._current()
         work = [(b, [i for i, s in enumerate(b.slots) if _usable(s)]) for b in buckets]
-        policy = self._options["non_finite"]
-        masked = False
-        if policy != "propagate":
-            work = [(b, self._finite(b, active, policy)) for b, active in work]
-            masked = policy == "skip"
+        policy, compile = self._options["non_finite"], self._options["compile"]
+        parts = [(b, *self._finite(b, active, policy)) for b, active in work]
         with workspace():
-            for bucket, active in work:
-                bucket.update(
-                    active,
-                    compile=self._options["compile"],
-                    masked=masked and bucket.device.type != "cpu",
-                    grads=_grad,
-                )
+            for bucket, active, partly in parts:
+                mask = policy == "skip" and bucket.device.type != "cpu"
+                bucket.update(active, compile=compile, masked=mask, grads=_grad)
+                # too rare a step to compile one
+                bucket.update(partly, compile=False, masked=True, grads=_grad)
         for group in self.param_groups:
             if group.get("block_period", 1) > 1:  # saved with the group: a resumed run keeps time
                 group["block_step"] = group.get("block_step", 0) + 1
         return loss
 
-    def _finite(self, bucket: Bucket, active: list[int], policy: str) -> list[int]:
-        """On CPUs non-finite matrices leave the batch here; elsewhere the graph masks them, because
-        reading a flag would wait for the device."""
+    def _finite(
+        self, bucket: Bucket, active: list[int], policy: str
+    ) -> tuple[list[int], list[int]]:
+        """On CPUs non-finite matrices leave the batch here, whole parameters (not in the first list)
+        or some of a parameter's matrices (in the second, to be masked); elsewhere the graph masks
+        them, because reading a flag would wait for the device."""
+        if policy == "propagate":
+            return active, []
         if bucket.device.type != "cpu" and policy == "skip" and not bucket.sharded:
-            return active
-        flags = bucket.finite(active, _grad)
+            return active, []
+        flags = dict(zip(active, bucket.finite(active, _grad), strict=True))
+        bad = [i for i in active if not flags[i]]
         if policy == "raise":
-            for i, ok in zip(active, flags, strict=True):
-                if not ok:
-                    raise ValueError(f"the gradient of {bucket.slots[i].name} holds NaN or Inf")
-            return active
-        return [i for i, ok in zip(active, flags, strict=True) if ok]
+            for i in bad:
+                raise ValueError(f"the gradient of {bucket.slots[i].name} holds NaN or Inf")
+        good = [i for i in active if flags[i]]
+        return good, [i for i in bad if bucket.finite_in_part(i, _grad)]
 
     # -- saving, loading, copying ------------------------------------------------------------------
 
@@ -286,7 +297,15 @@ class MatrixOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load; states keep the dtype they were saved in, bit for bit."""
+        before = [g["algorithm"] for g in self.param_groups]
         super().load_state_dict(state_dict)
+        for number, (old, group) in enumerate(zip(before, self.param_groups, strict=True)):
+            if group["algorithm"] != old:
+                warnings.warn(
+                    f"group {number} was saved by {group['algorithm']!r} and is stepped by it from "
+                    f"now on, not by {old!r}; set its 'algorithm' to change that",
+                    stacklevel=2,
+                )
         # torch casts every state to its parameter's dtype: put back those that lose by it
         ids = [i for g in state_dict["param_groups"] for i in g["params"]]
         params = [p for g in self.param_groups for p in g["params"]]

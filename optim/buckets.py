@@ -26,6 +26,7 @@ from .pipeline import (
     PIECE,
     Pipeline,
     Tensors,
+    finite_mask,
     make_batch,
     run,
     run_in_pieces,
@@ -286,6 +287,13 @@ class Bucket:
         """Whether the gradient of each active slot holds finite numbers only."""
         return [bool(_all_finite(s.target(grads(s)))) for s in (self.slots[i] for i in active)]
 
+    def finite_in_part(self, index: int, grads: Callable[[Slot], Tensor]) -> bool:
+        """Whether some of a slot's several matrices hold finite numbers only."""
+        slot = self.slots[index]
+        if self.sharded or slot.count == 1:
+            return False
+        return bool(finite_mask(slot.gather(grads(slot))).any())
+
     def fill_hyper(self) -> None:
         """Copy the group's current numbers into the tensors the step reads."""
         for name in (*COMMON_HYPER, *self.pipeline.hyper):
@@ -406,8 +414,10 @@ class Bucket:
                     None if t.step is None else t.step[index],
                     None if t.param is None else t.param[index],
                 )
-                for key, value in stage.refresh(make_batch(part)).items():
-                    t.state[key][index] = value.to(t.state[key].dtype)
+                ok = finite_mask(part.grad)  # a mask, not a flag: nothing waits for a device
+                for key, value in stage.refresh(make_batch(part, ok)).items():
+                    old = part.state[key]
+                    t.state[key][index] = torch.where(ok, value.to(old.dtype), old)
         for i in active:
             self._host_steps[i] += 1
 
@@ -464,7 +474,12 @@ class Bucket:
         keeps: list[Any] = [alike] * len(slots)
         if decay is not None:
             per = decay.to(self._computing()).flatten().split(counts)
-            keeps = [float(f[0]) if f.device.type == "cpu" else f[0] for f in per]
+            keeps = [
+                f.view(*t.shape[:-2], 1, 1)  # a stack: each of its matrices decays by itself
+                if s.count > 1
+                else (float(f[0]) if f.device.type == "cpu" else f[0])
+                for f, s, t in zip(per, slots, targets, strict=True)
+            ]
         pieces = update.split(counts)
         if factor is None:
             for s, t, u, keep in zip(slots, targets, pieces, keeps, strict=True):

@@ -201,8 +201,8 @@ def resolve(spec: CoefficientSpec, steps: int | None = None) -> Schedule:
     A list shorter than ``steps`` repeats its last entry; a longer one is cut. ``steps=None`` means
     the length of the list or set, 5 for a single triple and for generated sets.
     """
-    if steps is not None and (isinstance(steps, bool) or not 0 <= int(steps) < 100):
-        raise ValueError(f"ns_steps must be between 0 and 99, got {steps}")
+    if steps is not None and (type(steps) is not int or not 0 <= steps < 100):
+        raise ValueError(f"ns_steps must be an integer between 0 and 99, got {steps!r}")
     if isinstance(spec, str):
         if spec in _POLAR_EXPRESS:
             if steps == 0:

@@ -14,7 +14,7 @@ def add_decayed(
     """``target ← keep·target + update`` in place: one read and one write of ``target``, one rounding.
 
     Args:
-        keep: a number, a 0-d tensor, or None for 1.
+        keep: a number, a 0-d tensor, a tensor with the dimensions of ``target``, or None for 1.
         after: the update decays, too.
         cautious: only entries that the update shrinks decay.
     """
@@ -30,7 +30,7 @@ def add_decayed(
     elif isinstance(keep, Tensor) or target.itemsize < 4:
         # one-dimensional, so that it takes part in type promotion: bfloat16 would round it to 1
         kept = torch.as_tensor(keep, dtype=opmath(target), device=target.device)
-        torch.addcmul(update, target, kept.view(1), out=target)
+        torch.addcmul(update, target, kept.view(1) if kept.ndim == 0 else kept, out=target)
     else:
         torch.add(update, target, alpha=keep, out=target)
 

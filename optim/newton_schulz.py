@@ -55,6 +55,9 @@ _STABILITY = {
     torch.bfloat16: _Stability(-4e-3, 2e2),
 }
 
+#: What the iteration and the optimizers compute in.
+DTYPES = tuple(_STABILITY)
+
 
 def spread(schedule: Schedule, restarts: tuple[int, ...], spurious: float) -> float:
     """Largest ratio, over the iterations, between entries of the accumulated Gram factor.

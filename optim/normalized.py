@@ -44,7 +44,7 @@ class SCALE(_Member):
 
 
 def _sinkgd(group: Mapping[str, Any]) -> Pipeline:
-    if not isinstance(group["iterations"], int) or group["iterations"] < 1:
+    if type(group["iterations"]) is not int or group["iterations"] < 1:
         raise ValueError(f"iterations must be a positive integer, got {group['iterations']!r}")
     factor = float(group["scale"])
     stages: tuple[Stage, ...] = (Sinkhorn(group["iterations"]), Scale("none", factor))
@@ -66,7 +66,9 @@ class SinkGD(_Member):
 
 
 def _swan(group: Mapping[str, Any]) -> Pipeline:
-    stages = (StandardizeRows(), Whiten(int(group["iterations"])), Scale("none", group["scale"]))
+    if type(group["iterations"]) is not int or group["iterations"] < 1:
+        raise ValueError(f"iterations must be a positive integer, got {group['iterations']!r}")
+    stages = (StandardizeRows(), Whiten(group["iterations"]), Scale("none", group["scale"]))
     return Pipeline(stages)
 
 

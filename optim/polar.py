@@ -19,7 +19,7 @@ with noise. Common sets (``jordan``, ``you``, ``polar_express``) reach 1e-5 in f
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +81,7 @@ def settings(
         raise ValueError(f"method must be one of {ns.METHODS}, got {method!r}")
     if not (isinstance(eps, (int, float)) and 0 <= eps < float("inf")):
         raise ValueError(f"eps must be finite and >= 0, got {eps}")
-    if ns_dtype is not None and ns_dtype not in ns._STABILITY:
+    if ns_dtype is not None and ns_dtype not in ns.DTYPES:
         raise ValueError(f"ns_dtype must be a real floating dtype, got {ns_dtype}")
     schedule = resolve(coefficients, steps)
     input_scale(schedule, ns_dtype or torch.float16)  # refuses unstable sets now, not in step()
@@ -96,8 +96,13 @@ def settings(
     )
 
 
+# What ``torch.compiler.assume_constant_result`` does, which would import Dynamo: in a compiled caller the
+# settings are made once, while tracing.
+settings._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
 #: Frobenius norms for which float32 squares lose nothing that matters to underflow or overflow.
 _PLAIN_NORMS = (1e-12, 1e15)
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def _norms(x: Tensor) -> Tensor:
@@ -139,6 +144,9 @@ def _normalize(
     inverse, finite = _inverse_norms(x, s.eps)
     scale = input_scale(s.schedule, dtype)
     accumulate = torch.float64 if torch.float64 in (x.dtype, dtype) else torch.float32
+    if x.device.type == "cpu" and accumulate == torch.float32:
+        if bool(((inverse > 0) & (inverse < _TINY)).any()):
+            accumulate = torch.float64  # norms beyond float32: their inverses lose digits in it
     plain = s.normalization == "frobenius"
     factor = (inverse * scale if plain else inverse).to(accumulate)
     if x.dtype == accumulate == dtype:
@@ -193,6 +201,8 @@ def orthogonalize_batch(x: Tensor, s: Settings) -> Tensor:
     """``[B, r, c]`` to the same shape and dtype, every matrix on its own; ``x`` is only read."""
     if x.numel() == 0:
         return x.clone()
+    if torch.compiler.is_dynamo_compiling() and s.non_finite == "skip":
+        return _operator(x, s)
     dtype = s.working_dtype(x)
     rows, cols = x.shape[-2:]
     kernels = _kernels(x, s)
@@ -277,6 +287,10 @@ def apply_settings(x: Tensor, s: Settings) -> Tensor:
     """
     if _kernels(x, s) is not None:
         return orthogonalize_batch(x, s._replace(non_finite="skip"))
+    return _operator(x, s)
+
+
+def _operator(x: Tensor, s: Settings) -> Tensor:
     return orthogonalize_op(
         x,
         flatten_schedule(s.schedule),
@@ -296,8 +310,10 @@ def _check(g: Tensor, what: str) -> None:
         raise TypeError(f"{what} must be a tensor, got {type(g).__name__}")
     if g.layout != torch.strided:
         raise ValueError(f"{what} is {g.layout}; Newton–Schulz needs a dense matrix")
-    if not g.is_floating_point():
-        raise ValueError(f"{what} has dtype {g.dtype}; a real floating dtype is needed")
+    if g.dtype not in ns.DTYPES:
+        raise ValueError(
+            f"{what} has dtype {g.dtype}; a real floating dtype from float16 to float64 is needed"
+        )
     if g.ndim < 2:
         raise ValueError(f"{what} has shape {tuple(g.shape)}; a matrix or a batch is needed")
 
@@ -352,6 +368,8 @@ def orthogonalize(
     if isinstance(G, Tensor):
         _check(G, "G")
         return orthogonalize_batch(_as_batch(G), s).reshape(G.shape)
+    if not isinstance(G, Iterable):
+        raise TypeError(f"G must be a tensor or a list of tensors, got {type(G).__name__}")
     matrices = list(G)
     for i, g in enumerate(matrices):
         _check(g, f"G[{i}]")

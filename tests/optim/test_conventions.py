@@ -172,6 +172,38 @@ def test_non_finite_gradients_stay_in_their_matrix(name):
     assert_same(kept, ps)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", MATRIX)
+def test_non_finite_gradients_stay_in_their_expert(name, masked):
+    """A stack is many matrices; ``masked``: as accelerators do it, by selection in the graph."""
+    g = torch.Generator().manual_seed(0)
+    start, grads = torch.randn(4, 6, 5, generator=g), torch.randn(4, 4, 6, 5, generator=g)
+    grads[1, 2, 0, 0], grads[2, 0, 1, 1], grads[2, 3, 1, 1] = math.nan, math.inf, math.nan
+    stack = nn.Parameter(start.clone())
+    alone = [nn.Parameter(m.clone()) for m in start]
+    kw = {"lr": 0.1, "weight_decay": 0.2} | ({"gap": 2} if name == "Conda" else {})
+    a = getattr(optim, name)([{"params": [stack], "view": "batch"}], **kw)
+    b = getattr(optim, name)(alone, **kw)
+    for step in grads:
+        stack.grad = step.clone()
+        for p, one in zip(alone, step, strict=True):
+            p.grad = one.clone()
+        b.step()
+        if masked:
+            with torch.no_grad():
+                for bucket in a._current():
+                    bucket.update([0], compile=False, masked=True, grads=lambda s: s.param.grad)
+        else:
+            a.step()
+        if name == "Conda":
+            break  # its basis is renewed by the count of the parameter's steps, not of each matrix's
+    torch.testing.assert_close(stack.detach(), torch.stack([p.detach() for p in alone]))
+    for key, value in a.state[stack].items():
+        if key != "step":
+            each = torch.stack([b.state[p][key] for p in alone])
+            torch.testing.assert_close(value, each.view_as(value))
+
+
 @pytest.mark.parametrize("name", MEMBERS)
 def test_contiguous_or_not_and_gradients_kept(name):
     ps = params()
@@ -406,11 +438,17 @@ def test_bad_hyper_parameters(name):
             cls(params(), nonsense=1)
     with pytest.raises(ValueError, match="empty"):
         cls([])
-    for key in ("betas", "momentum", "beta2", "eps"):
-        if key in cls.algorithm.defaults:
-            bad = (1.0, 0.5) if key == "betas" else -1.0
-            with pytest.raises(ValueError, match=key):
-                cls(params(), **{key: bad})
+    defaults = cls.algorithm.defaults
+    for key in ("betas", "momentum", "beta2", "eps", "dampening", "iterations", "ns_steps"):
+        if key in defaults:
+            bad = {
+                "betas": ((1.0, 0.5), (0.9,), 0.9),
+                "iterations": (0, 2.5),
+                "ns_steps": (-1, 2.5),
+            }
+            for value in bad.get(key, (-1.0, math.nan)):
+                with pytest.raises(ValueError, match=key):
+                    cls(params(), **{key: value})
 
 
 @pytest.mark.parametrize("name", MATRIX)
@@ -420,9 +458,32 @@ def test_bad_parameters_are_named(name):
         (nn.Parameter(torch.randn(3)), "bias"),
         (nn.Parameter(torch.randn(2, 3, 4)), "bias"),
         (nn.Parameter(torch.randn(3, 3, dtype=torch.complex64)), "bias is complex"),
+        (nn.Parameter(torch.randn(3, 3).to(torch.float8_e4m3fn)), "bias has dtype"),
     ):
         with pytest.raises(ValueError, match=message):
             cls([("weight", nn.Parameter(torch.randn(3, 3))), ("bias", bad)])
+
+
+def test_numbers_that_became_nan_change_nothing():
+    for key, value in (
+        ("lr", math.nan),
+        ("weight_decay", math.inf),
+        ("momentum", torch.tensor(math.nan)),
+    ):
+        ps = params()
+        opt = build("Muon", ps)
+        set_grads(ps, 0)
+        before = [p.detach().clone() for p in ps]
+        opt.param_groups[0][key] = value
+        with pytest.raises(ValueError, match=f"{key} of group 0"):
+            opt.step()
+        assert_same(before, ps)
+
+
+def test_a_state_dict_of_another_member_says_so():
+    saved, opt = build("Muon", params()).state_dict(), build("NorMuon", params())
+    with pytest.warns(UserWarning, match="group 0 was saved by 'muon'"):
+        opt.load_state_dict(saved)
 
 
 def test_bad_gradients_change_nothing():

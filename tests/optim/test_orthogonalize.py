@@ -112,13 +112,16 @@ def test_results_in_a_workspace_are_their_own(shape, method):
     assert torch.equal(first, want[0]) and torch.equal(second, want[1])
 
 
-@pytest.mark.parametrize("size", [1e-25, 1e-13, 1.0, 1e14, 1e18])
+@pytest.mark.parametrize("size", [1e-25, 1e-13, 1.0, 1e14, 1e18, 5e37])
 def test_norms_at_every_scale(size):
     x = matrix((2, 30, 50), "gaussian") * size
     x[0, 0, 0] = 3 * size  # one more entry than the rest of the row
     got = polar._norms(x.float())
     want = torch.linalg.matrix_norm(x.float().double(), keepdim=True)
     torch.testing.assert_close(got, want, rtol=3e-7, atol=0.0)
+    # 5e37: norms beyond float32, whose inverses would not be normal numbers
+    exact = optim.orthogonalize(x.float().double())
+    torch.testing.assert_close(optim.orthogonalize(x.float()).double(), exact, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype,band", [(torch.float16, 2e-2), (torch.bfloat16, 3e-2)])
@@ -262,6 +265,7 @@ def test_rank_one_keeps_its_sign(name):
         (torch.randn(3, 3, dtype=torch.complex64), "floating"),
         (torch.ones(3, 3, dtype=torch.int64), "floating"),
         (torch.eye(3).to_sparse(), "dense"),
+        (torch.eye(3).to(torch.float8_e4m3fn), "float16 to float64"),
     ],
 )
 def test_bad_input(g, message):
@@ -273,6 +277,8 @@ def test_bad_input(g, message):
 
 def test_bad_options():
     g = torch.eye(2)
+    with pytest.raises(TypeError, match="NoneType"):
+        optim.orthogonalize(None)
     for kw in (
         {"method": "magic"},
         {"normalization": "l1"},
@@ -280,6 +286,7 @@ def test_bad_options():
         {"eps": -1.0},
         {"ns_dtype": torch.int32},
         {"coefficients": "nope"},
+        {"steps": 2.5},
         {"restarts": (9,), "method": "gram"},
     ):
         with pytest.raises(ValueError):
@@ -300,3 +307,14 @@ def test_operator_form():
         rtol=1e-5,
         atol=1e-6,
     )
+
+
+def test_inside_a_compiled_function():
+    g = torch.randn(2, 6, 7)
+    kw = {"coefficients": [(2, -1.5, 0.5)], "steps": 3, "normalization": "schatten"}
+    one = torch.compile(lambda x: optim.orthogonalize(x + 1, **kw) * 2, fullgraph=True)
+    torch.testing.assert_close(one(g), 2 * optim.orthogonalize(g + 1, **kw))
+    many = torch.compile(lambda xs: optim.orthogonalize(xs, coefficients="jordan"), fullgraph=True)
+    xs = [g[0], g[1].T, g]
+    for got, want in zip(many(xs), optim.orthogonalize(xs, coefficients="jordan"), strict=True):
+        torch.testing.assert_close(got, want)
