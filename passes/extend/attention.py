@@ -17,6 +17,7 @@ from ..axis import is_dropout
 from ..errors import NormfuseError, Refuse
 from ..linear import match_linear
 from ..manager import Context, register
+from .hold import HOLD
 from .parameters import check_free, constant, parameter, parameter_dtype
 from .sites import ExtendPass, Selection, width
 
@@ -311,10 +312,10 @@ class AffineScaledAttention(_AttentionExtension):
                     mask=mask,
                     is_causal=causal,
                 )
-            if update:  # the op must not hold on to what is overwritten below
+            if update:  # the op and its backward must not read what is overwritten below
                 mean.meta["kind"] = "input"
                 with graph.inserting_before(both):
-                    held = ir.emit(graph, aten.clone.default, mean, like=node)
+                    held = ir.emit(graph, HOLD, mean, like=node)
                 both.replace_input_with(mean, held)
             with graph.inserting_after(both):
                 y = ir.emit(graph, operator.getitem, both, 0, like=node)

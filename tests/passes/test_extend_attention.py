@@ -125,6 +125,28 @@ def test_running_mean_moves_in_training_graphs_only():
     assert "copy_" not in gm.code
 
 
+def test_gradients_read_the_mean_as_it_was_where_the_backward_is_compiled():
+    """What AOTAutograd recomputes, it would recompute from the mean as it is after the step."""
+    torch.manual_seed(0)
+    model = stirred(Attention()).double()
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    gm = capture_(model, x)
+    run_pass(gm, "AffineScaledAttention", Context(training=True), rho=0.5)
+    p = gm.meta["new_parameters"]
+    with torch.no_grad():
+        p["attention_affine_bias"].fill_(1.0)
+        p["attention_affine_weight"].normal_()
+    torch._dynamo.reset()
+    grads = []
+    for f in (gm, torch.compile(gm, backend="aot_eager")):
+        p["attention_affine_mean"].data.fill_(1.0)
+        gm.zero_grad()
+        f(x).square().sum().backward()
+        assert not torch.equal(p["attention_affine_mean"], torch.ones(4).double())
+        grads.append({n: q.grad.clone() for n, q in gm.named_parameters() if q.grad is not None})
+    torch.testing.assert_close(grads[1], grads[0])
+
+
 def test_second_run_and_sites():
     for name, options in PASSES:
         gm = capture_(stirred(Attention()), torch.randn(2, 7, 16))
