@@ -39,7 +39,7 @@ from .lower import expand
 from .lower_kernels import lower_to_kernels, summary
 from .options import Options, parse
 from .provenance import source_hash, trace_artifact
-from .rewrite import left_alone
+from .transform import left_alone
 
 log = logging.getLogger("normfuse")
 

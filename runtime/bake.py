@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -23,9 +23,7 @@ from ..passes.subgraphs import emit_eager, outline
 from ..passes.weights import lift, split
 from .likeness import address, found, resembling
 from .signature import Signature
-
-if TYPE_CHECKING:
-    from .rewrite import Settings
+from .transform import Settings, transform
 
 
 class BakedModule(nn.Module):
@@ -100,8 +98,6 @@ def bake(
     source: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], settings: Settings
 ) -> tuple[BakedModule, Report]:
     """Capture, rewrite and evaluate the weight program of ``source`` (already a private copy)."""
-    from .rewrite import transform
-
     start = time.perf_counter()
     gm = capture(
         source, tuple(args), dict(kwargs), dynamic=settings.dynamic, remember=settings.verify

@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 from ..passes.capture import capture
 from ..passes.errors import NormfuseError
 from ..passes.verify import max_error
-from .rewrite import Settings, make_settings, rewrite, transform
+from .rewrite import rewrite
+from .transform import Settings, make_settings, transform
 
 
 @dataclass(frozen=True)
