@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ..passes import ir
 from ..passes.autocast import ambient, disabled
 from ..passes.capture import capture
 from ..passes.errors import NormfuseError
@@ -190,9 +191,9 @@ def calibrate(
         raise NormfuseError(
             f"batches must be an iterable of batches, such as [batch], got {type(batches).__name__}"
         )
-    calibration = Calibration()
-    if checkpoint is not None and Path(checkpoint).exists():
-        calibration = Calibration.load(checkpoint)
+    if save_every < 1:
+        raise NormfuseError(f"save_every must be at least 1, got {save_every!r}")
+    calibration = Calibration() if checkpoint is None else _resumed(Path(checkpoint), min_keys)
     skip = calibration.batches
     run = _Run(calibration, min_keys)
     graphs: list[_Watched] = []
@@ -227,11 +228,13 @@ def calibrate(
                     watched = _Watched(model)  # type: ignore[arg-type]
                 else:
                     watched = _Watched(capture(model, args, kwargs, dynamic=dynamic))
-                graphs = [*graphs[-15:], watched]
                 if not watched.probes:
                     raise NormfuseError(
                         "nothing to calibrate: the model has no norm, linear layer or attention"
                     )
+                if skip and not graphs:
+                    _check_same_model(calibration, watched.probes, checkpoint)
+                graphs = [*graphs[-15:], watched]
             interpreter = ProbeInterpreter(
                 watched.gm, watched.probes, run.on_value, run.on_gain, run.on_attention
             )
@@ -244,6 +247,11 @@ def calibrate(
                 calibration.save(checkpoint)
     if seen == 0:
         raise NormfuseError("no batches: calibration needs at least one")
+    if seen < skip:
+        raise NormfuseError(
+            f"{checkpoint} holds {skip} batches and only {seen} were given: it is not of this run; "
+            "move it away or name another file"
+        )
     if run.unmasked:
         calibration.notes.append(
             f"the mask {mask!r} does not fit {len(run.unmasked)} values, which count all rows "
@@ -254,6 +262,42 @@ def calibrate(
     if checkpoint is not None:
         calibration.save(checkpoint)
     return calibration
+
+
+def _resumed(path: Path, min_keys: int) -> Calibration:
+    """What an interrupted run left in ``path``; a path that cannot be saved to fails now."""
+    Calibration.check_path(path)
+    if not path.exists():
+        return Calibration()
+    calibration = Calibration.load(path)
+    for entry in calibration.of_kind("attention"):
+        if entry.stats.min_keys != min_keys:  # type: ignore[union-attr]
+            raise NormfuseError(
+                f"{path} was made with min_keys={entry.stats.min_keys}, "  # type: ignore[union-attr]
+                f"not {min_keys}"
+            )
+    return calibration
+
+
+def _check_same_model(
+    calibration: Calibration, probes: Sequence[Probe], path: str | os.PathLike | None
+) -> None:
+    """Refuse to add one model's numbers to another's."""
+    here = {p.key for p in probes}
+    if odd := sorted(here ^ calibration.entries.keys()):
+        where = "this model" if odd[0] in here else "the file"
+        raise NormfuseError(
+            f"{path} is a calibration of another model: {len(odd)} places are known to only one of "
+            f"them (only {where} has {odd[0]})"
+        )
+    for p in probes:
+        size = ir.shape(p.node)[p.dims[0]] if len(p.dims) == 1 and p.kind != "attention" else None
+        width = getattr(calibration.entries[p.key].stats, "width", None)
+        if isinstance(size, int) and size != width:
+            raise NormfuseError(
+                f"{path} is a calibration of another model: {p.key} has width {width} there and "
+                f"{size} here"
+            )
 
 
 def _bar(batches: Iterable[Any], total: int | None, progress: bool) -> Iterable[Any]:

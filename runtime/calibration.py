@@ -164,6 +164,8 @@ class Calibration:
                     f"cannot merge calibrations of different models: {key} has size "
                     f"{getattr(mine.stats, size)} here and {getattr(theirs.stats, size)} there"
                 )
+            if mine is not None and isinstance(mine.stats, Attention):
+                mine.stats.check_like(theirs.stats)  # type: ignore[arg-type]
         for key, theirs in other.entries.items():
             mine = self.entries.get(key)
             if mine is None:
@@ -193,12 +195,23 @@ class Calibration:
             "entries": [e.describe() for e in self.entries.values()],
         }
 
+    @staticmethod
+    def check_path(path: Path) -> None:
+        """Raise if nothing can be saved there, before a long run finds out."""
+        if path.suffix not in (".json", ".safetensors"):
+            raise NormfuseError(f"save calibrations as .safetensors or .json, not {path.name!r}")
+        if not path.absolute().parent.is_dir():
+            raise NormfuseError(f"there is no folder {path.absolute().parent} to save to")
+        if path.suffix == ".safetensors":
+            _safetensors()
+
     def save(self, path: str | os.PathLike) -> None:
         """Write everything, exactly, to ``*.safetensors`` (needs that package) or ``*.json``.
 
         The file appears whole or not at all.
         """
         path = Path(path)
+        self.check_path(path)
         temporary = path.with_name(path.name + ".partial")
         if path.suffix == ".json":
             data = self._header()
@@ -207,12 +220,10 @@ class Calibration:
                 for k, v in self._tensors().items()
             }
             temporary.write_text(json.dumps(data), encoding="utf-8")
-        elif path.suffix == ".safetensors":
+        else:
             _safetensors().save_file(
                 self._tensors(), str(temporary), metadata={"normfuse": json.dumps(self._header())}
             )
-        else:
-            raise NormfuseError(f"save calibrations as .safetensors or .json, not {path.name!r}")
         os.replace(temporary, path)
 
     @classmethod
@@ -220,11 +231,14 @@ class Calibration:
         """Read what :meth:`save` wrote."""
         path = Path(path)
         if path.suffix == ".json":
-            header = json.loads(path.read_text(encoding="utf-8"))
-            tensors = {
-                k: torch.tensor(_parsed(v["data"]), dtype=getattr(torch, v["dtype"]))
-                for k, v in header["tensors"].items()
-            }
+            try:
+                header = json.loads(path.read_text(encoding="utf-8"))
+                tensors = {
+                    k: torch.tensor(_parsed(v["data"]), dtype=getattr(torch, v["dtype"]))
+                    for k, v in header["tensors"].items()
+                }
+            except (ValueError, KeyError, TypeError) as error:
+                raise NormfuseError(f"{path} is not a normfuse calibration ({error})") from error
         elif path.suffix == ".safetensors":
             with _safetensors().safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}

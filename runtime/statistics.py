@@ -427,9 +427,16 @@ class Attention(Accumulator):
         self.first_sum = self.first_sum + leading.sum(0)
         self.first_count = self.first_count + seen.sum(0)
 
-    def merge(self, other: Attention) -> None:
+    def check_like(self, other: Attention) -> None:
+        """Raise if the two do not count the same."""
         if other.heads != self.heads or other.min_keys != self.min_keys:
-            raise NormfuseError("cannot merge attention statistics of different shapes or settings")
+            raise NormfuseError(
+                f"cannot merge attention statistics of {self.heads} and {other.heads} heads, "
+                f"with min_keys={self.min_keys} and {other.min_keys}"
+            )
+
+    def merge(self, other: Attention) -> None:
+        self.check_like(other)
         for name in self._tensors:
             mine, theirs = getattr(self, name), getattr(other, name).to(self.mass_sum.device)
             largest = name == "logit_max"

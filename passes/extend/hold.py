@@ -1,4 +1,4 @@
-"""``normfuse::hold``: the value of a state before it is overwritten, also for the backward.
+"""``normfuse_state::hold``: the value of a state before it is overwritten, also for the backward.
 
 AOTAutograd recomputes cheap operations in the backward. Of a state that the forward overwrites
 (``copy_``) it keeps the tensor, not the value: a ``clone`` made before is recomputed from what was
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-@torch.library.custom_op("normfuse::hold", mutates_args=())
+@torch.library.custom_op("normfuse_state::hold", mutates_args=())
 def hold(x: Tensor) -> Tensor:
     """A copy of ``x``, any shape and dtype, that the backward does not compute again."""
     return x.clone()
@@ -23,4 +23,4 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-HOLD = torch.ops.normfuse.hold.default
+HOLD = torch.ops.normfuse_state.hold.default

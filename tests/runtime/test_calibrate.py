@@ -329,6 +329,41 @@ def test_interrupted_run_resumes(tmp_path):
         same(entry.stats, resumed[key].stats)
 
 
+def test_a_checkpoint_that_cannot_serve_is_refused_before_the_work(tmp_path):
+    model = with_sink()
+    batches = [ids(2, 9, seed=i) for i in range(3)]
+
+    def run(path, model=model, given=batches, **options):
+        return calibrate(model, given, progress=False, checkpoint=path, **options)
+
+    def never():
+        raise AssertionError("a batch was asked for")
+        yield
+
+    with pytest.raises(NormfuseError, match="safetensors or"):
+        run(tmp_path / "c.pt", given=never())
+    with pytest.raises(NormfuseError, match="no folder"):
+        run(tmp_path / "missing" / "c.json", given=never())
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(NormfuseError, match="not a normfuse calibration"):
+        run(tmp_path / "broken.json", given=never())
+    path = tmp_path / "c.json"
+    with pytest.raises(NormfuseError, match="save_every"):
+        run(path, given=never(), save_every=0)
+    run(path)
+    written = path.read_bytes()
+    with pytest.raises(NormfuseError, match="holds 3 batches and only 1"):
+        run(path, given=batches[:1])
+    with pytest.raises(NormfuseError, match="min_keys=64, not 5"):
+        run(path, given=never(), min_keys=5)
+    more = batches + batches
+    with pytest.raises(NormfuseError, match=r"another model.*has width 16 there and 8 here"):
+        run(path, Transformer(d=8, norm=nn.RMSNorm).eval(), more)
+    with pytest.raises(NormfuseError, match=r"another model.*only this model has .*blocks.2"):
+        run(path, Transformer(layers=3, norm=nn.RMSNorm).eval(), more)
+    assert path.read_bytes() == written
+
+
 class Keyword(nn.Module):
     def __init__(self):
         super().__init__()
@@ -439,6 +474,10 @@ def test_bad_input(tmp_path):
     other = calibrate(Transformer(d=8, norm=nn.RMSNorm), [ids()], progress=False)
     with pytest.raises(NormfuseError, match="different models"):
         calibrate(model, [ids()], progress=False).merge(other)
+    mine = calibrate(model, [ids()], progress=False)
+    with pytest.raises(NormfuseError, match="min_keys=64 and 3"):
+        mine.merge(calibrate(model, [ids()], progress=False, min_keys=3))
+    assert mine.tokens == ids().numel()  # nothing was added
     with pytest.raises(NormfuseError, match="safetensors or"):
         other.save(tmp_path / "c.pt")
 

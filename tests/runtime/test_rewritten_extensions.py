@@ -143,3 +143,27 @@ def test_the_original_is_no_substitute(monkeypatch):
         warnings.simplefilter("always")
         exact.train()(ids())
     assert any("running the original code" in str(w.message) for w in seen)
+
+
+def test_the_backend_trains_what_was_inserted():
+    """Two extensions at once, one with a running state; nothing is left to plain Inductor."""
+    model = Transformer(norm=nn.RMSNorm, layers=1).train()
+    todo = [passes.InsertGatedNorm(), passes.AffineScaledAttention(rho=0.5)]
+    new, _ = normfuse.rewrite(model, (ids(),), passes=todo)
+    with torch.no_grad():
+        for path in new.new_parameters:
+            if (p := new.get_parameter(path)).requires_grad:
+                p.sub_(torch.rand(p.shape))
+    mean = "blocks.0.attention_affine_mean"
+    torch._dynamo.reset()
+    compiled = torch.compile(new, backend="normfuse", options={"strict": True})
+    state = {name: t.clone() for name, t in new.state_dict().items()}
+    grads = []
+    for f in (new, compiled):
+        new.load_state_dict(state)
+        new.zero_grad()
+        f(ids())["logits"].square().mean().backward()
+        grads.append({n: p.grad.clone() for n, p in new.named_parameters() if p.grad is not None})
+        assert not torch.equal(new.state_dict()[mean], state[mean])
+    torch.testing.assert_close(grads[1], grads[0])
+    assert {n for n in new.new_parameters if n != mean} <= grads[0].keys()
