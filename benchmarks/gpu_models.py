@@ -21,20 +21,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._inductor
 import torch.nn.functional as F
 from gpu_timing import (
     Floors,
+    failed,
     geometric_mean,
     graph_seconds,
     is_right,
     measure_floors,
     plain_seconds,
+    problems,
     require_gpu,
     table,
     worst,
     write,
 )
 from models import GeluMLP, rotate
+from normfuse.runtime.backend import clear_reports, reports
 from torch import nn
 
 DTYPE = torch.bfloat16
@@ -180,11 +184,13 @@ def step(model: Callable[..., Any], parameters: list[torch.Tensor], x: torch.Ten
 
 
 def contestants(model: nn.Module) -> dict[str, Callable[..., Any]]:
-    inductor = {"max_autotune": True}
+    """All under the options of Inductor's max-autotune; ours raise where something of theirs fails."""
+    mode = "max-autotune-no-cudagraphs"
+    inductor = {"strict": True, **torch._inductor.list_mode_options(mode)}
     ours = {"kernels": True, **inductor}
     return {
         "eager": model,
-        "max-autotune": torch.compile(model, mode="max-autotune-no-cudagraphs", dynamic=False),
+        "max-autotune": torch.compile(model, mode=mode, dynamic=False),
         "without kernels": torch.compile(
             model, backend="normfuse", options=inductor, dynamic=False
         ),
@@ -216,7 +222,17 @@ def measure(spec: Spec, tokens: int, training: bool, floors: Floors, device: tor
         "errors": {},
     }
     for name, f in contestants(model).items():
-        row["errors"][name] = worst(_compared(run(f)), truth)
+        clear_reports()
+        try:
+            row["errors"][name] = worst(_compared(run(f)), truth)
+        except Exception as problem:
+            failed(row, name, problem)
+            if name == "eager":  # nothing to compare with
+                return failed(row, "ours", problem)
+            continue
+        notes = [note for report in reports() for note in report.notes]
+        if name == "ours":  # which sites got a kernel, and why
+            row["kernels"] = [note for note in notes if note.startswith("kernel ")]
         if not is_right(row["errors"][name], row["errors"]["eager"], DTYPE):
             row.update(wrong=True, error=row["errors"][name], eager_error=row["errors"]["eager"])
             return row
@@ -269,20 +285,22 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     device = require_gpu()
     floors = measure_floors(DTYPE)
-    rows = []
-    for spec in SPECS:
-        if options.only.lower() not in spec.name.lower():
-            continue
-        jobs = [(t, False) for t in ((8,) if options.quick else TOKENS)]
-        if not (options.quick or options.no_training):
-            jobs.append((TRAINING_TOKENS, True))
-        for tokens, training in jobs:
-            rows.append(measure(spec, tokens, training, floors, device))
-            print(table(rows[-1:]).splitlines()[-1], flush=True)
-    file = write("models", floors, rows, summary=summary(rows))
-    print(f"{summary(rows)}\nwritten to {file}")
-    if any(r.get("wrong") for r in rows):
-        sys.exit("some results are wrong: see above")
+    rows: list[dict[str, Any]] = []
+    try:
+        for spec in SPECS:
+            if options.only.lower() not in spec.name.lower():
+                continue
+            jobs = [(t, False) for t in ((8,) if options.quick else TOKENS)]
+            if not (options.quick or options.no_training):
+                jobs.append((TRAINING_TOKENS, True))
+            for tokens, training in jobs:
+                rows.append(measure(spec, tokens, training, floors, device))
+                print(table(rows[-1:]).splitlines()[-1], flush=True)
+    finally:  # also of a run that was stopped
+        file = write("models", floors, rows, summary=summary(rows))
+        print(f"{summary(rows)}\nwritten to {file}")
+    if problems(rows):
+        sys.exit("some results are wrong or failed: see above")
 
 
 if __name__ == "__main__":

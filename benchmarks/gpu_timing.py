@@ -103,9 +103,18 @@ def _median(call: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
+#: Elements compared at a time: float64 copies of a whole model's gradients would not fit.
+_PIECE = 1 << 26
+
+
 def error(y: torch.Tensor, truth: torch.Tensor) -> float:
     """Largest difference relative to the largest number of ``truth``; NaN counts as infinite."""
-    d = (y.double() - truth.double()).abs().max() / truth.double().abs().max().clamp_min(1e-300)
+    assert y.shape == truth.shape, (y.shape, truth.shape)
+    worst = largest = torch.zeros((), dtype=torch.float64, device=truth.device)
+    for a, b in zip(y.flatten().split(_PIECE), truth.flatten().split(_PIECE), strict=True):
+        worst = torch.maximum(worst, (a.double() - b.double()).abs().max())
+        largest = torch.maximum(largest, b.double().abs().max())
+    d = worst / largest.clamp_min(1e-300)
     return math.inf if torch.isnan(d) else d.item()
 
 
@@ -118,6 +127,20 @@ def worst(ys: Any, truths: Any) -> float:
 
 def is_right(ours: float, eager: float, dtype: torch.dtype) -> bool:
     return ours <= 1.5 * eager + SLACK[dtype]
+
+
+def failed(row: dict[str, Any], peer: str, problem: Exception) -> dict[str, Any]:
+    """Name in a row what could not be run, and why."""
+    row.setdefault("failed", {})[peer] = f"{type(problem).__name__}: {problem}"[:300]
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    return row
+
+
+def problems(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the rows in which ours is wrong or did not run."""
+    return [r["name"] for r in rows if r.get("wrong") or "ours" in r.get("failed", {})]
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -136,9 +159,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for r in rows:
         t = r["seconds"]
         cells = [r["name"]]
+        bad = ""
         if r.get("wrong"):
-            cells += ["**wrong**: " + f"error {r['error']:.2g}, eager {r['eager_error']:.2g}"]
-            cells += [""] * (len(head) - 2)
+            bad = f"**wrong**: error {r['error']:.2g}, eager {r['eager_error']:.2g}"
+        elif "ours" in r.get("failed", {}):
+            bad = f"**failed**: {r['failed']['ours']}".replace("|", "¦").splitlines()[0]
+        if bad:
+            cells += [bad, *[""] * (len(head) - 2)]
         else:
             cells += [f"{t[p] * 1e6:.1f}" if p in t else "" for p in peers]
             both = "ours" in t and "max-autotune" in t

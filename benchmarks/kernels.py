@@ -4,10 +4,11 @@
 
 For each kernel and shape: agreement with the float64 formula first (a wrong kernel is not timed), then
 medians of CUDA-graph replays over rotating buffers larger than the L2 cache. Peers run in the same
-process: eager PyTorch, ``torch.compile(mode="max-autotune-no-cudagraphs")`` of the eager spelling, and
-Liger-Kernel's op where it is installed. Every row has its floor, from a copy and a product measured in
-the same run. Writes JSON and Markdown into ``benchmarks/results/``; ``--tune`` also keeps plans and
-verdicts in the plan cache. Needs no network.
+process: PyTorch's own ops in eager mode, the same under
+``torch.compile(mode="max-autotune-no-cudagraphs")``, and Liger-Kernel's op where it is installed. Every
+row has its floor, from a copy and a product measured in the same run. Writes JSON and Markdown into
+``benchmarks/results/``; ``--tune`` also keeps plans and verdicts in the plan cache, and lowering goes by
+the verdicts instead of its cost model. Needs no network.
 """
 
 from __future__ import annotations
@@ -15,18 +16,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from gpu_timing import (
     copies,
+    failed,
     geometric_mean,
     graph_seconds,
     is_right,
     l2_bytes,
     measure_floors,
+    problems,
     require_gpu,
     table,
     worst,
@@ -47,7 +50,8 @@ class Case:
         moved, flops: what no implementation can do without: bytes and FLOPs.
         liger: the same by Liger-Kernel.
         tune: name, sizes and options of the plan that ``--tune`` measures.
-        sizes: rows and columns a verdict about a plain norm is kept for.
+        sizes: kernel and sizes (rows first) a verdict is kept for.
+        forward: where gradients are compared, the function whose they are.
     """
 
     name: str
@@ -58,8 +62,8 @@ class Case:
     flops: float = 0.0
     liger: Callable[..., Any] | None = None
     tune: tuple[str, tuple[int, ...], dict[str, Any]] | None = None
-    sizes: tuple[str, int, int] | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
+    sizes: tuple[str, tuple[int, ...]] | None = None
+    forward: Callable[..., Any] | None = None
 
 
 def liger_ops() -> dict[str, Callable[..., Any]]:
@@ -92,11 +96,11 @@ def _casts(x: torch.Tensor) -> dict[str, Any]:
 
 
 def rms(x: torch.Tensor, g: torch.Tensor | None = None) -> torch.Tensor:
-    return ops.rms_norm(x, [-1], g, None, 1e-6, **_casts(x))
+    return F.rms_norm(x, x.shape[-1:], g, 1e-6)
 
 
 def layer(x: torch.Tensor, g: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor:
-    return ops.layer_norm(x, [-1], g, b, 1e-6, **_casts(x))
+    return F.layer_norm(x, x.shape[-1:], g, b, 1e-6)
 
 
 def norm_cases(
@@ -123,7 +127,7 @@ def norm_cases(
     shape = f"{rows}×{d}"
     yield Case(
         f"rms_norm {shape}", lambda: (randn(rows, d), g), our_rms, rms, 2 * n * e,
-        liger=liger.get("rms"), tune=forward, sizes=("norm", rows, d),
+        liger=liger.get("rms"), tune=forward, sizes=("norm", (rows, d)),
     )  # fmt: skip
     yield Case(
         f"layer_norm {shape}", lambda: (randn(rows, d), g, b), our_layer, layer, 2 * n * e,
@@ -134,25 +138,25 @@ def norm_cases(
         lambda: (randn(rows, d), randn(rows, d), g),
         lambda x, r, g: kernels.add_norm(x, r, g, None, 1e-6, "rms", F32, dtype)[:2],
         lambda x, r, g: (rms(x + r, g), x + r),
-        4 * n * e, sizes=("add_norm", rows, d),
+        4 * n * e, sizes=("add_norm", (rows, d)),
     )  # fmt: skip
     yield Case(
         f"row_rstd {shape}",
         lambda: (randn(rows, d),),
         lambda x: kernels.row_rstd(x, 1e-6),
         lambda x: ops.row_rstd(x, [-1], 1e-6, stat_dtype=torch.promote_types(x.dtype, F32)),
-        n * e, sizes=("row_rstd", rows, d),
+        n * e, sizes=("row_rstd", (rows, d)),
     )  # fmt: skip
     yield Case(
         f"rms_norm, forward and backward {shape}",
         lambda: (randn(rows, d), g, randn(rows, d)),
-        gradients(our_rms), gradients(rms), 5 * n * e,
+        gradients(our_rms), gradients(rms), 5 * n * e, forward=rms,
         liger=gradients(liger["rms"]) if liger else None, tune=backward,
     )  # fmt: skip
     yield Case(
         f"layer_norm, forward and backward {shape}",
         lambda: (randn(rows, d), g, b, randn(rows, d)),
-        gradients(our_layer), gradients(layer), 5 * n * e,
+        gradients(our_layer), gradients(layer), 5 * n * e, forward=layer,
         liger=gradients(liger["layer"]) if liger else None, tune=backward,
     )  # fmt: skip
     down, up = randn(16, d) / d**0.5, randn(d, 16)
@@ -165,12 +169,13 @@ def norm_cases(
 
     yield Case(
         f"gated_rms_norm {shape} rank 16", lambda: (randn(rows, d), down, up), our_gated, gated,
-        2 * n * e + 32 * d * e, 4.0 * n * 16,
+        2 * n * e + 32 * d * e, 4.0 * n * 16, sizes=("gated_norm", (rows, d, 16)),
     )  # fmt: skip
     yield Case(
         f"gated_rms_norm, forward and backward {shape} rank 16",
         lambda: (randn(rows, d), down, up, randn(rows, d)),
         gradients(our_gated), gradients(gated), 5 * n * e + 96 * d * e, 20.0 * n * 16,
+        forward=gated,
     )  # fmt: skip
 
 
@@ -199,6 +204,7 @@ def product_cases(
         lambda x, w: ours(x, w, "rms"),
         lambda x, w: F.linear(rms(x), w),
         once, 2.0 * m * n * k, tune=("gemm", sizes, {"dual": False}),
+        sizes=("norm_linear", (m, n, k)),
     )  # fmt: skip
     yield Case(
         f"layer_norm + linear {shape}",
@@ -213,6 +219,7 @@ def product_cases(
         lambda x, w, up: ours(x, w, "rms", None, up),
         lambda x, w, up: F.silu(F.linear(h := rms(x), w)) * F.linear(h, up),
         once + n * k * e, 4.0 * m * n * k, tune=("gemm", sizes, {"dual": True}),
+        sizes=("norm_linear pair", (m, n, k)),
     )  # fmt: skip
     yield Case(
         f"scaled linear {shape}",
@@ -224,46 +231,70 @@ def product_cases(
 
 
 def measure(case: Case, dtype: torch.dtype, floors: Any) -> dict[str, Any]:
-    """One row: errors first, then times of everything that is right."""
-    sets = [case.make() for _ in range(copies(int(case.moved), l2_bytes()))]
-    good = case.eager(*(t.double() for t in sets[0]))
+    """One row: errors first, then times of everything that is right.
+
+    What fails (a peer, our kernel, memory) is named in the row and does not end the run.
+    """
+    from normfuse.runtime import triton_ops
+
     row: dict[str, Any] = {
         "name": case.name,
-        "error": worst(case.ours(*sets[0]), good),
-        "eager_error": worst(case.eager(*sets[0]), good),
         "floor": floors.seconds(case.moved, case.flops),
         "seconds": {},
     }
-    if not is_right(row["error"], row["eager_error"], dtype):
-        row["wrong"] = True
-        return row
     torch._dynamo.reset()
-    compiled = torch.compile(case.eager, mode="max-autotune-no-cudagraphs", dynamic=False)
-    peers = {"ours": case.ours, "eager": case.eager, "max-autotune": compiled}
-    if case.liger is not None:
-        peers["liger"] = case.liger
-    for peer, f in peers.items():
+    # a kernel that fails must not be timed as the formula that would take its place
+    with triton_ops.required():
         try:
-            f(*sets[0])
-            row["seconds"][peer] = graph_seconds([lambda s=s, f=f: f(*s) for s in sets])
+            sets = [case.make() for _ in range(copies(int(case.moved), l2_bytes()))]
+            good = case.eager(*(t.double() for t in sets[0]))
+            row["eager_error"] = worst(case.eager(*sets[0]), good)
+            row["error"] = worst(case.ours(*sets[0]), good)
         except Exception as problem:
-            if peer == "ours":
-                raise
-            row.setdefault("failed", {})[peer] = f"{type(problem).__name__}: {problem}"[:300]
+            return failed(row, "ours", problem)
+        if not is_right(row["error"], row["eager_error"], dtype):
+            row["wrong"] = True
+            return row
+        del good
+        for peer, f in peers(case).items():
+            try:
+                f(*sets[0])
+                row["seconds"][peer] = graph_seconds([lambda s=s, f=f: f(*s) for s in sets])
+            except Exception as problem:
+                failed(row, peer, problem)
     return row
 
 
+def peers(case: Case) -> dict[str, Callable[..., Any]]:
+    """What a case is timed against: Inductor compiles the forward pass and the backward pass."""
+    mode = "max-autotune-no-cudagraphs"
+    forward = torch.compile(case.forward or case.eager, mode=mode, dynamic=False)
+    out = {
+        "ours": case.ours,
+        "eager": case.eager,
+        "max-autotune": gradients(forward) if case.forward else forward,
+    }
+    return out if case.liger is None else {**out, "liger": case.liger}
+
+
 def tune(case: Case, device: torch.device, dtype: torch.dtype) -> None:
-    from normfuse.runtime import autotune_cache
+    from normfuse.runtime import autotune_cache, triton_ops
     from normfuse.runtime.kernels import plans
 
     assert case.tune is not None
     name, sizes, options = case.tune
     plan = getattr(plans, name)(*sizes, **options)
     args = case.make()
-    autotune_cache.tune(
-        name, plan, device, dtype, sizes, options, lambda: graph_seconds([lambda: case.ours(*args)])
-    )
+    with triton_ops.required():
+        autotune_cache.tune(
+            name,
+            plan,
+            device,
+            dtype,
+            sizes,
+            options,
+            lambda: graph_seconds([lambda: case.ours(*args)]),
+        )
 
 
 def shapes(quick: bool) -> tuple[list[tuple[int, int]], list[tuple[int, int, int]]]:
@@ -274,6 +305,21 @@ def shapes(quick: bool) -> tuple[list[tuple[int, int]], list[tuple[int, int, int
         [(m, d) for m in (1, 64, 4096, 32768) for d in (1024, 4096, 16384)],
         [(m, n, 4096) for m in (1, 8, 64, 256, 2048, 8192) for n in (4096, 12288)],
     )
+
+
+def keep_verdict(
+    device: torch.device,
+    dtype: torch.dtype,
+    about: tuple[str, tuple[int, ...]],
+    seconds: dict[str, float],
+) -> None:
+    """Let the cost model know which was faster."""
+    from normfuse.runtime import autotune_cache
+
+    if "ours" in seconds and "max-autotune" in seconds:
+        autotune_cache.record_verdict(
+            device, about[0], dtype, about[1], seconds["ours"], seconds["max-autotune"]
+        )
 
 
 def verdicts(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -295,7 +341,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="only rows whose name contains this")
     options = parser.parse_args(argv)
     device, dtype = require_gpu(), torch.bfloat16
-    from normfuse.runtime import autotune_cache, devices
+    from normfuse.runtime import devices
 
     torch.manual_seed(0)
     floors = measure_floors(dtype)
@@ -303,24 +349,22 @@ def main(argv: list[str] | None = None) -> None:
     norms, products = shapes(options.quick)
     cases = [c for s in norms for c in norm_cases(*s, device, dtype, processors)]
     cases += [c for s in products for c in product_cases(*s, device, dtype, processors)]
-    rows = []
-    for case in cases:
-        if options.only not in case.name:
-            continue
-        if options.tune and case.tune is not None:
-            tune(case, device, dtype)
-        rows.append(measure(case, dtype, floors))
-        print(table(rows[-1:]).splitlines()[-1], flush=True)
-        times = rows[-1]["seconds"]
-        if options.tune and case.sizes and "ours" in times and "max-autotune" in times:
-            kernel, m, d = case.sizes
-            autotune_cache.record_verdict(
-                device, kernel, dtype, (m, d), times["ours"], times["max-autotune"]
-            )
-    file = write("kernels", floors, rows, tuned=options.tune, verdicts=verdicts(rows))
-    print(f"written to {file}")
-    if any(r.get("wrong") for r in rows):
-        sys.exit("some kernels are wrong: see above")
+    rows: list[dict[str, Any]] = []
+    try:
+        for case in cases:
+            if options.only not in case.name:
+                continue
+            if options.tune and case.tune is not None:
+                tune(case, device, dtype)
+            rows.append(measure(case, dtype, floors))
+            print(table(rows[-1:]).splitlines()[-1], flush=True)
+            if options.tune and case.sizes:
+                keep_verdict(device, dtype, case.sizes, rows[-1]["seconds"])
+    finally:  # also of a run that was stopped
+        file = write("kernels", floors, rows, tuned=options.tune, verdicts=verdicts(rows))
+        print(f"written to {file}")
+    if problems(rows):
+        sys.exit("some kernels are wrong or failed: see above")
 
 
 if __name__ == "__main__":

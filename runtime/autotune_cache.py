@@ -280,8 +280,8 @@ def tune(
     """Measure the candidates and keep the best.
 
     Args:
-        seconds: runs the op once the candidate is in force and returns its time; a candidate that
-            fails to compile is passed over.
+        seconds: runs the op once the candidate is in force and returns its time; a candidate for which it
+            raises is passed over (see ``triton_ops.required``: an op's formula must not win).
     """
     name = key(kernel, dtype, sizes, options)
     plans = load(device)
@@ -312,16 +312,16 @@ def fingerprint(device: torch.device) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _verdict_key(kernel: str, dtype: torch.dtype, sizes: tuple[int, int]) -> str:
+def _verdict_key(kernel: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> str:
     # rows in powers of two: one measurement speaks for row counts near it
     rows = 1 << max(sizes[0] - 1, 0).bit_length()
-    return key("verdict", dtype, (rows, sizes[1]), {"kernel": kernel})
+    return key("verdict", dtype, (rows, *sizes[1:]), {"kernel": kernel})
 
 
 def verdict(
-    device: torch.device, kernel: str, dtype: torch.dtype, sizes: tuple[int, int]
+    device: torch.device, kernel: str, dtype: torch.dtype, sizes: tuple[int, ...]
 ) -> dict[str, Any] | None:
-    """Whether a kernel was measured faster than Inductor's own code for ``(rows, columns)``."""
+    """Whether a kernel was measured faster than Inductor's own code for these sizes, rows first."""
     entry = load(device).get(_verdict_key(kernel, dtype, sizes))
     return entry if entry is not None and isinstance(entry.get("faster"), bool) else None
 
@@ -330,7 +330,7 @@ def record_verdict(
     device: torch.device,
     kernel: str,
     dtype: torch.dtype,
-    sizes: tuple[int, int],
+    sizes: tuple[int, ...],
     ours: float,
     inductor: float,
 ) -> None:

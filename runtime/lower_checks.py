@@ -12,7 +12,7 @@ from torch import fx
 
 from ..passes import ir
 from ..passes.errors import Refuse
-from . import devices
+from . import autotune_cache, devices
 
 nf = torch.ops.normfuse
 
@@ -65,6 +65,8 @@ def vector(node: Any, what: str, size: Any) -> None:
 
 
 def float32_statistic(args: Any, x: torch.Tensor) -> None:
+    if args._values.get("floor"):
+        raise Refuse("the statistic is bounded from below, kernels add eps")
     if (args.stat_dtype or x.dtype) != torch.float32:
         raise Refuse(f"the statistic is taken in {args.stat_dtype or x.dtype}, kernels use float32")
 
@@ -86,6 +88,20 @@ def same_layout(node: fx.Node) -> None:
     for v in values if isinstance(values, (tuple, list)) else (values,):
         if not v.is_contiguous():
             raise Refuse("the result is not laid out contiguously")
+
+
+def measured(
+    kernel: str, x: torch.Tensor, dtype: torch.dtype, sizes: tuple[int, ...]
+) -> bool | None:
+    """Whether ``benchmarks/kernels.py --tune`` found a kernel faster on this device (``None``: it was
+    not there); refuses where it found it slower. ``sizes``: rows first."""
+    entry = autotune_cache.verdict(x.device, kernel, dtype, sizes)
+    if entry is not None and not entry["faster"]:
+        raise Refuse("Inductor's own code was measured faster on this device")
+    return None if entry is None else True
+
+
+MEASURED = "measured faster on this device"
 
 
 def ask(policy: str, model: Any, decide: Callable[[Any], devices.Decision]) -> str:

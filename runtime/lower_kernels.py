@@ -25,6 +25,7 @@ from ..passes.errors import Refuse
 from . import devices, lower_checks
 from .lower_checks import (
     KINDS,
+    MEASURED,
     Lowering,
     Plan,
     ask,
@@ -32,6 +33,7 @@ from .lower_checks import (
     emit_before,
     float32_statistic,
     last_dim,
+    measured,
     replace_pair,
     replace_single,
     same_layout,
@@ -135,15 +137,10 @@ def _measured(kernel: str, x: torch.Tensor, policy: str) -> str:
     """Plain norms: only where asked for, or where a measurement on this device says so."""
     if policy == "always":
         return "asked for"
-    from . import autotune_cache
-
-    rows = cost.hint(x.numel()) // max(cost.hint(x.shape[-1]), 1)
-    entry = autotune_cache.verdict(x.device, kernel, x.dtype, (rows, cost.hint(x.shape[-1])))
-    if entry is None:
+    d = cost.hint(x.shape[-1])
+    if measured(kernel, x, x.dtype, (cost.hint(x.numel()) // max(d, 1), d)) is None:
         raise Refuse("Inductor's own norm is kept: no measurement on this device says otherwise")
-    if not entry["faster"]:
-        raise Refuse("Inductor's own norm was measured faster on this device")
-    return "measured faster on this device"
+    return MEASURED
 
 
 def _arguments(node: fx.Node, args: ir.NormArgs, x: Any, normed: Any) -> tuple:
@@ -202,7 +199,10 @@ def _gated(node: fx.Node, nk: Any, model: Any, policy: str) -> Plan:
     d = cost.hint(x.shape[-1])
     rows = cost.hint(x.numel()) // max(d, 1)
     rank = cost.hint(down.shape[0])
-    reason = ask(policy, model, lambda m: devices.gated(m, rows, d, rank, x.element_size()))
+    if policy != "always" and measured("gated_norm", x, x.dtype, (rows, d, rank)):
+        reason = MEASURED
+    else:
+        reason = ask(policy, model, lambda m: devices.gated(m, rows, d, rank, x.element_size()))
     rest = (args.gain, args.bias, args.down, args.up, args.eps, args.gate_scale)
     rest = (*rest, args.norm_dtype, args.out_dtype)
     return (

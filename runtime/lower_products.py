@@ -27,12 +27,14 @@ from . import devices
 from .lower_checks import (
     DTYPES,
     KINDS,
+    MEASURED,
     Lowering,
     ask,
     casts,
     emit_before,
     float32_statistic,
     last_dim,
+    measured,
     same_layout,
     take,
     tensor,
@@ -236,7 +238,7 @@ def _check_rounding(x: torch.dtype, way: Sequence[torch.dtype], weight: torch.dt
 
 
 def _combines(x: torch.dtype, weight: torch.dtype) -> bool:
-    from .triton_ops.products import combines
+    from .triton_ops.linear import combines
 
     return combines(x, weight)
 
@@ -292,7 +294,11 @@ def _own_statistic(args: Any) -> tuple[float | None, fx.Node]:
     if not ir.is_call(scale, nf.row_rstd):
         return None, x
     stat = ir.NormArgs(scale)
-    if list(stat.dims) != [-1] or (stat.stat_dtype or ir.dtype(stat.x)) != torch.float32:
+    if (
+        stat.floor
+        or list(stat.dims) != [-1]
+        or (stat.stat_dtype or ir.dtype(stat.x)) != torch.float32
+    ):
         return None, x
     if stat.x is x:
         return stat.eps, x
@@ -437,8 +443,17 @@ def _pays(jobs: list[Job], x: torch.Tensor, policy: str, model: Any, *, deferred
     k = cost.hint(x.shape[-1])
     m = cost.hint(x.numel()) // max(k, 1)
     layers = [job.layer_cost() for job in jobs]
-    size = max(ir.dtype(job.product.layer.weight).itemsize for job in jobs)
-    sizes = (size, layers, x.element_size())
+    weight = max((ir.dtype(job.product.layer.weight) for job in jobs), key=lambda d: d.itemsize)
+    if policy != "always" and x.dtype == weight:
+        # measured with a norm of its own for each layer: for one that several share the model decides
+        names = ["norm_linear pair" if layer.dual else "norm_linear" for layer in layers]
+        found = [
+            measured(name, x, weight, (m, layer.n, k))
+            for name, layer in zip(names, layers, strict=True)
+        ]
+        if found == [True]:
+            return MEASURED
+    sizes = (weight.itemsize, layers, x.element_size())
     return ask(policy, model, lambda d: devices.norm_linear(d, m, k, *sizes, deferred=deferred))
 
 

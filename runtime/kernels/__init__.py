@@ -1,5 +1,6 @@
 """Triton kernels, one family a file. Importing this package does not import triton.
 
-``plans`` chooses regimes and tile sizes (plain arithmetic); ``norm``, ``gemm``, ``linear``, ``gated`` and
-``symmetric`` hold the kernels and need triton; ``resources`` reads what a compiled kernel costs.
+``plans`` chooses regimes and tile sizes (plain arithmetic); ``norms``, ``linear``, ``persistent``,
+``gated`` and ``symmetric`` hold the kernels, ``gemm`` the product they share, and need triton;
+``resources`` reads what a compiled kernel costs.
 """

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .norm import affine, round_to
+from .norms import affine, round_to
 
 # Helpers take what belongs together as tuples: ``at`` = (rows, columns, their masks), ``vectors`` =
 # (gain, bias). ``CASTS`` is one number, since flags inside a tuple count as true whatever they are:

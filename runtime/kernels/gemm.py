@@ -40,20 +40,20 @@ def load_tile(
     return tl.load(at, mask=mask, other=0.0)
 
 
+# What belongs together goes from helper to helper as one tuple:
+#   operands  (x, w, w2): pointers to rows [M, K] and to one or two weights [N, K]
+#   strides   of x along rows and K, of the weights along rows and K
+#   at        (m, n, their masks): int64 numbers of a tile's rows and columns
+# Flags stay outside: inside a tuple they count as true whatever they are.
+
+
 @triton.jit
 def product(
-    x,
-    w,
-    w2,
-    m,
-    n,
-    m_mask,
-    n_mask,
+    operands,
+    strides,
+    at,
     k_begin,
     k_end,
-    x_stride,
-    w_stride,
-    w_stride_k,
     STATS: tl.constexpr,
     DUAL: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -61,14 +61,16 @@ def product(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    x_stride_k=1,
 ):
     """``x wᵀ`` (and ``x w2ᵀ`` if ``DUAL``) over ``[k_begin, k_end)``, with ``Σx`` and ``Σx²``.
 
-    ``m``, ``n`` are int64 row numbers. Returns ``(acc, acc2, Σx, Σx²)`` in float32; what was not asked
-    for is zero (``STATS``: 0 none, 1 ``Σx²``, 2 and 3 both). Where ``x`` has another dtype it is
-    multiplied in that of the weights; the sums are of ``x`` as it comes.
+    Returns ``(acc, acc2, Σx, Σx²)`` in float32; what was not asked for is zero (``STATS``: 0 none, 1
+    ``Σx²``, 2 and 3 both). Where ``x`` has another dtype it is multiplied in that of the weights; the
+    sums are of ``x`` as it comes.
     """
+    x, w, w2 = operands
+    x_stride, x_stride_k, w_stride, w_stride_k = strides
+    m, n, m_mask, n_mask = at
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     s1 = tl.zeros((BLOCK_M,), tl.float32)
@@ -91,19 +93,22 @@ def product(
 
 
 @triton.jit
+def multiply(a, b, acc, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr):
+    """``acc + a b``; a single row, which ``dot`` does not take, in float32."""
+    if BLOCK_M == 1:
+        acc += tl.sum(tl.trans(a) * b.to(tl.float32), axis=0)[None, :]
+    else:
+        acc = tl.dot(a.to(b.dtype), b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def centered_product(
-    x,
-    w,
-    w2,
-    m,
-    n,
-    m_mask,
-    n_mask,
+    operands,
+    strides,
+    at,
     K,
     mean,
-    x_stride,
-    w_stride,
-    w_stride_k,
     DUAL: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -113,60 +118,28 @@ def centered_product(
 ):
     """``(x - mean) wᵀ`` with the mean subtracted before the product, ``Σ(x - mean)`` and its squares.
 
-    The slow, safe form for rows whose mean is large beside their deviation.
+    The slow, safe form for rows whose mean is large beside their deviation. Rows with a mean of zero come
+    out as in :func:`product`.
     """
+    x, w, w2 = operands
+    x_stride, x_stride_k, w_stride, w_stride_k = strides
+    m, n, m_mask, n_mask = at
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     s1 = tl.zeros((BLOCK_M,), tl.float32)
     s2 = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        a = load_tile(x, m, k, x_stride, 1, m_mask, K, EVEN_K, False)
+        a = load_tile(x, m, k, x_stride, x_stride_k, m_mask, K, EVEN_K, False)
         f = tl.where(k[None, :] < K, a.to(tl.float32) - mean[:, None], 0.0)
         s1 += tl.sum(f, axis=1)
         s2 += tl.sum(f * f, axis=1)
         b = load_tile(w, n, k, w_stride, w_stride_k, n_mask, K, EVEN_K, True)
-        a = f.to(b.dtype)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = multiply(f, b, acc, PRECISION, BLOCK_M)
         if DUAL:
             b2 = load_tile(w2, n, k, w_stride, w_stride_k, n_mask, K, EVEN_K, True)
-            acc2 = tl.dot(a, b2, acc2, input_precision=PRECISION)
+            acc2 = multiply(f, b2, acc2, PRECISION, BLOCK_M)
     return acc, acc2, s1, s2
-
-
-@triton.jit
-def centered_row(
-    x,
-    w,
-    w2,
-    n,
-    n_mask,
-    K,
-    mean,
-    w_stride,
-    w_stride_k,
-    DUAL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """:func:`centered_product` of one row (``x`` points at it), ``[1, BLOCK_N]``, without dot."""
-    acc = tl.zeros((BLOCK_N,), tl.float32)
-    acc2 = tl.zeros((BLOCK_N,), tl.float32)
-    s1 = tl.zeros((1,), tl.float32)
-    s2 = tl.zeros((1,), tl.float32)
-    every = tl.zeros((BLOCK_K,), tl.int64)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        f = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-        f = tl.where(k < K, f - mean, 0.0)
-        s1 += tl.sum(f, axis=0)
-        s2 += tl.sum(f * f, axis=0)
-        b = load_tile(w, n, every + k, w_stride, w_stride_k, n_mask, K, False, False)
-        acc += tl.sum(b.to(tl.float32) * f[None, :], axis=1)
-        if DUAL:
-            b = load_tile(w2, n, every + k, w_stride, w_stride_k, n_mask, K, False, False)
-            acc2 += tl.sum(b.to(tl.float32) * f[None, :], axis=1)
-    return acc[None, :], acc2[None, :], s1, s2
 
 
 @triton.jit

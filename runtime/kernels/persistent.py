@@ -100,39 +100,11 @@ def norm_linear_persistent(
                 s2 += tl.sum(f * f, axis=1)
             if STATS >= 2:
                 s1 += tl.sum(f, axis=1)
+        m = at_m.to(tl.int64) + tl.arange(0, BLOCK_M)
+        n = at_n.to(tl.int64) + tl.arange(0, BLOCK_N)
         store_tile(
-            acc,
-            acc2,
-            s1,
-            s2,
-            x,
-            w,
-            w2,
-            colsum,
-            colsum2,
-            bias,
-            bias2,
-            scale,
-            out,
-            stats,
-            at_m.to(tl.int64) + tl.arange(0, BLOCK_M),
-            at_n.to(tl.int64) + tl.arange(0, BLOCK_N),
-            tile_n == 0,
-            M,
-            N,
-            K,
-            x_stride,
-            w_stride,
-            w_stride_k,
-            EPS,
-            LIMIT,
-            STATS,
-            HAS_BIAS,
-            DUAL,
-            ACT,
-            EVEN_K,
-            PRECISION,
-            BLOCK_M,
-            BLOCK_N,
+            (acc, acc2, s1, s2), (x, w, w2), (x_stride, 1, w_stride, w_stride_k),
+            (m, n, m < M, n < N), (colsum, colsum2, bias, bias2, scale, out, stats), tile_n == 0,
+            M, N, K, EPS, LIMIT, STATS, HAS_BIAS, DUAL, ACT, EVEN_K, PRECISION, BLOCK_M, BLOCK_N,
             BLOCK_K,
-        )
+        )  # fmt: skip

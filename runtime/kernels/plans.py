@@ -139,6 +139,13 @@ def gemm(
     return GemmPlan("large", 64, 128, 32, 8, 3) if wide else GemmPlan("large", 128, 128, 64, 8, 3)
 
 
+def finish(n: Any) -> tuple[int, int]:
+    """Columns of a program that adds up a split product, and elements of K it takes at a time where it
+    multiplies a row again."""
+    block_n = min(next_power_of_2(n), 256) if _static(n) else 256
+    return block_n, min(8192 // block_n, 512)
+
+
 @dataclass(frozen=True)
 class SquarePlan:
     """Square tiles of a product with a symmetric result."""

@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import gated, linear, norm, persistent, plans, symmetric
+from . import gated, linear, norms, persistent, plans, symmetric
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -119,7 +119,7 @@ def cases(dtype: str) -> Iterator[Case]:
         p = plans.norm_forward(4096, cols, 132)
         flags = {"KIND": 2, "HAS_RESIDUAL": True, "HAS_GAIN": True, "HAS_BIAS": True}
         yield Case(
-            norm.norm_fwd_tile,
+            norms.norm_fwd_tile,
             f"tile {cols}",
             dtype,
             {"EPS": 1e-5, **flags, "WRITE_Y": True, "SUM_DT": rounding, **casts,
@@ -128,7 +128,7 @@ def cases(dtype: str) -> Iterator[Case]:
         )  # fmt: skip
     p = plans.norm_forward(1, 65536, 132)
     yield Case(
-        norm.norm_partials,
+        norms.norm_partials,
         "split",
         dtype,
         {"KIND": 2, "HAS_RESIDUAL": True, "SUM_DT": rounding, "SPLITS": p.splits,
@@ -136,7 +136,7 @@ def cases(dtype: str) -> Iterator[Case]:
         p.num_warps,
     )  # fmt: skip
     yield Case(
-        norm.norm_apply,
+        norms.norm_apply,
         "split",
         dtype,
         {"EPS": 1e-5, "KIND": 2, "HAS_GAIN": True, "HAS_BIAS": True, "WRITE_Y": True, **casts,
@@ -146,7 +146,7 @@ def cases(dtype: str) -> Iterator[Case]:
     for cols in (128, 1024, 4096, 8192):
         p = plans.norm_backward(4096, cols, 132)
         yield Case(
-            norm.norm_bwd_tile,
+            norms.norm_bwd_tile,
             f"tile {cols}",
             dtype,
             {"KIND": 2, "HAS_DSTREAM": True, "HAS_GAIN": True, "HAS_BIAS": True,
@@ -155,14 +155,14 @@ def cases(dtype: str) -> Iterator[Case]:
         )  # fmt: skip
     p = plans.norm_backward(4096, 32768, 132)
     yield Case(
-        norm.norm_bwd_loop,
+        norms.norm_bwd_loop,
         "loop",
         dtype,
         {"KIND": 2, "HAS_DSTREAM": True, "HAS_GAIN": True, "BLOCK_C": p.block_c},
         p.num_warps,
     )
     yield Case(
-        norm.norm_bwd_columns,
+        norms.norm_bwd_columns,
         "loop",
         dtype,
         {"KIND": 2, "HAS_GAIN": True, "HAS_BIAS": True, "NORM_DT": rounding,
@@ -213,7 +213,7 @@ def cases(dtype: str) -> Iterator[Case]:
         ("large GLU, float32 rows", True, 1, "fp32"),
     ):
         if size > 2 or (rows and dtype != "bf16"):
-            continue  # see triton_ops/products.py
+            continue  # see triton_ops/linear.py
         p = plans.gemm(4096, 4096, 4096, size, 132, dual=dual, mixed=bool(rows))
         yield Case(
             persistent.norm_linear_persistent,

@@ -106,27 +106,10 @@ def batched_product(
     m_mask = m < M
     n_mask = n < N
     acc, _, _, _ = product(
-        x + batch * x_batch_stride,
-        w + batch * w_batch_stride,
-        w,
-        m,
-        n,
-        m_mask,
-        n_mask,
-        begin,
-        K,
-        x_stride,
-        w_stride,
-        w_stride_k,
-        0,
-        False,
-        EVEN_K,
-        PRECISION,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        x_stride_k,
-    )
+        (x + batch * x_batch_stride, w + batch * w_batch_stride, w),
+        (x_stride, x_stride_k, w_stride, w_stride_k), (m, n, m_mask, n_mask), begin, K, 0, False,
+        EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     # Inductor passes Python numbers as float64, in which a whole tile would be computed
     y = acc * tl.cast(alpha, tl.float32)
     mask = m_mask[:, None] & n_mask[None, :]

@@ -12,9 +12,9 @@ formula where no kernel runs.
 """
 
 from .gated import MAX_RANK, gated_norm, gated_norm_backward
-from .launch import DTYPES, KINDS, KernelFailed, failures
+from .launch import DTYPES, KINDS, KernelFailed, failures, required
+from .linear import ACTIVATIONS, norm_linear, scaled_linear
 from .norms import add_norm, add_row_rstd, norm, norm_backward, row_rstd
-from .products import ACTIVATIONS, norm_linear, scaled_linear
 from .symmetric import add_product, symmetric_product
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "norm",
     "norm_backward",
     "norm_linear",
+    "required",
     "row_rstd",
     "scaled_linear",
     "symmetric_product",

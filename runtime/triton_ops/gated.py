@@ -13,7 +13,7 @@ from .. import devices
 from ..kernels import gated as kernels
 from ..kernels import plans
 from . import launch as run
-from .launch import ROUNDING, launch, none_like, rows_of
+from .launch import ROUNDING, flat, launch, none_like, rows_of
 
 MAX_RANK = 64
 
@@ -31,7 +31,7 @@ def _plain_gated_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     casts = {"stat_dtype": torch.float32, "norm_dtype": norm_dtype, "out_dtype": out_dtype}
     y = vocabulary.rms_norm(x, [-1], gain, bias, eps, **casts)
-    t = (y @ down.to(y.dtype).t()).float().reshape(-1, down.shape[0])
+    t = flat(y @ down.to(y.dtype).t()).float()
     out = vocabulary.self_gate(y, down, up, gate_scale=gate_scale)
     stats = vocabulary.row_rstd(x, [-1], eps, stat_dtype=torch.float32).reshape(-1)
     return out.contiguous(), t, stats
@@ -49,12 +49,12 @@ def _plain_gated_norm_backward(
     gate_scale: float,
     norm_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    d, rstd, down, up = x.shape[-1], stats[:, None], down.float(), up.float()
-    normed = x.reshape(-1, d).float() * rstd
+    rstd, down, up = stats[:, None], down.float(), up.float()
+    normed = flat(x).float() * rstd
     low = normed if norm_dtype is None else normed.to(norm_dtype).float()
     y = low if gain is None else low * gain.float()
     y = y if bias is None else y + bias.float()
-    do = dout.reshape(-1, d).float()
+    do = flat(dout).float()
     sigma = torch.sigmoid(t)
     s = t * sigma
     gate = torch.sigmoid(s @ up.t())
@@ -237,4 +237,4 @@ def _backward_gated(ctx: Any, dout: Tensor, *_: Any) -> tuple:
     )
 
 
-gated_norm.register_autograd(_backward_gated, setup_context=_save_gated)
+gated_norm.register_autograd(run.once(_backward_gated), setup_context=_save_gated)

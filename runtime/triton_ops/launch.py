@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import typing
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ HIP_STAGES = 2
 
 _failed: dict[tuple, str] = {}
 _warned: set[str] = set()
+# not a context variable: backward passes run in threads of their own
+_required = False
 
 
 class KernelFailed(RuntimeError):
@@ -54,12 +57,26 @@ def op(fallback: Callable) -> Callable[[Callable], Any]:
             try:
                 return fn(*args, **kwargs)
             except KernelFailed as failure:
+                if _required:
+                    raise
                 _warn_once(fn.__name__, failure)
                 return fallback(*args, **kwargs)
 
         return triton_op(f"{NAMESPACE}::{fn.__name__}", body, mutates_args={})
 
     return register
+
+
+@contextlib.contextmanager
+def required() -> Iterator[None]:
+    """Within it a kernel that fails raises :class:`KernelFailed`, no formula takes its place and nothing
+    is kept for ``normfuse doctor``: whoever times a kernel wants the kernel."""
+    global _required
+    before, _required = _required, True
+    try:
+        yield
+    finally:
+        _required = before
 
 
 def _warn_once(name: str, failure: KernelFailed) -> None:
@@ -114,8 +131,42 @@ def launch(
         _failed[key] = text.splitlines()[0]
         types = ", ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in dtypes))
         settings = ", ".join(f"{k}={v}" for k, v in options)
-        kernel_failures.record(on.device, kernel.__name__, f"{types}; {settings}", str(error))
+        if not _required:
+            kernel_failures.record(on.device, kernel.__name__, f"{types}; {settings}", str(error))
         raise KernelFailed(_failed[key]) from error
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """A gradient that says no when it is differentiated in turn."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *_depends: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "normfuse's kernels have no second derivatives: where you need them, call the "
+            "vocabulary's ops (torch.ops.normfuse)"
+        )
+
+
+def once(backward: Callable) -> Callable:
+    """A backward function for one differentiation: a second one would miss what saved statistics
+    depend on."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Any) -> tuple:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            out = backward(ctx, *grads)
+        depends = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        if not depends:
+            return out
+        return tuple(None if g is None else _NoSecondDerivative.apply(g, *depends) for g in out)
+
+    return run
 
 
 def _give_workspace(device: torch.device) -> None:
@@ -141,10 +192,15 @@ def _device_of(x: Tensor) -> Any:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+def flat(x: Tensor) -> Tensor:
+    """``[rows, d]``, also where one of the two is zero."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def rows_of(x: Tensor) -> Tensor:
     """``[rows, d]`` with unit stride in d; a copy only where strides do not allow it."""
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(-1) == 1 else flat.contiguous()
+    rows = flat(x)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def empty(x: Tensor) -> bool:

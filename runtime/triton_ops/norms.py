@@ -12,10 +12,10 @@ from torch import Tensor
 from ...passes import ops as vocabulary
 from .. import devices
 from ..autotune_cache import tuned
-from ..kernels import norm as kernels
+from ..kernels import norms as kernels
 from ..kernels import plans
 from . import launch as run
-from .launch import ROUNDING, launch, none_like, rows_of
+from .launch import ROUNDING, flat, launch, none_like, rows_of
 
 # --- in plain torch: what the ops compute, and what runs where a kernel fails -----------------------
 
@@ -39,7 +39,7 @@ def normalize(
 
 def statistics(h: Tensor, eps: float, kind: str) -> Tensor:
     """``[1 or 2, rows]`` float32: rstd, then the mean (``layer``) or the sum (``crms``)."""
-    h = h.float().reshape(-1, h.shape[-1])
+    h = flat(h).float()
     if kind == "layer":
         mean = h.mean(-1)
         centered = h - mean[:, None]
@@ -108,12 +108,11 @@ def _plain_backward(
     has_bias: bool,
     norm_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    d = h.shape[-1]
-    dy = dy.reshape(-1, d).float()
+    dy = flat(dy).float()
     w = dy if gain is None else dy * gain.float()
-    dx, normed = gradient(h.reshape(-1, d), w, stats, kind)
+    dx, normed = gradient(flat(h), w, stats, kind)
     if dstream is not None:
-        dx = dx + dstream.reshape(-1, d).float()
+        dx = dx + flat(dstream).float()
     if norm_dtype is not None:
         normed = normed.to(norm_dtype).float()
     return (
@@ -413,8 +412,8 @@ def _backward_add_norm(ctx: Any, dy: Tensor | None, ds: Tensor | None, _: Any) -
     return dx, dr, dgain, dbias, None, None, None, None
 
 
-norm.register_autograd(_backward_norm, setup_context=_save_norm)
-add_norm.register_autograd(_backward_add_norm, setup_context=_save_add_norm)
+norm.register_autograd(run.once(_backward_norm), setup_context=_save_norm)
+add_norm.register_autograd(run.once(_backward_add_norm), setup_context=_save_add_norm)
 
 
 def _rstd_gradient(h: Tensor, rstd: Tensor, g: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The GPU benchmarks, as far as they go without one: what they compare agrees, floors add up."""
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ import kernels
 import newton_schulz
 import pytest
 import torch
+from normfuse.runtime import autotune_cache
+from normfuse.runtime.triton_ops import gated
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 
@@ -180,6 +183,86 @@ def test_plans_that_are_tuned_are_those_that_are_looked_up(monkeypatch):
         looked_up.clear()
         case.ours(*args)
         assert looked_up == [case.tune]
+
+
+@pytest.fixture
+def no_gpu_needed(monkeypatch, tmp_path):
+    """Everything the scripts ask a GPU for, answered: they run from end to end."""
+    monkeypatch.setattr(autotune_cache, "_loaded", {})
+    monkeypatch.setenv(autotune_cache.ENV, str(tmp_path / "cache"))
+    monkeypatch.setattr(gpu_timing, "RESULTS", tmp_path)
+    about = {"device": "none", "torch": "", "triton": "", "date": ""}
+    monkeypatch.setattr(gpu_timing, "environment", lambda: about)
+    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
+
+    def seconds(calls, repeats=1):
+        for call in calls:
+            call()
+        return 1e-5 / len(calls)
+
+    for script in (kernels, gpu_models):
+        monkeypatch.setattr(script, "require_gpu", lambda: CPU)
+        monkeypatch.setattr(script, "measure_floors", lambda dtype: gpu_timing.Floors(1e12, 1e14))
+        monkeypatch.setattr(script, "graph_seconds", seconds)
+    monkeypatch.setattr(kernels, "l2_bytes", lambda: 1000)
+    monkeypatch.setattr(kernels, "shapes", lambda quick: ([(3, 40)], [(3, 32, 48)]))
+    monkeypatch.setattr(gpu_models, "SPECS", TINY)
+    monkeypatch.setattr(gpu_models, "TOKENS", (1, 8))
+    monkeypatch.setattr(gpu_models, "TRAINING_TOKENS", 8)
+
+    def written(kind):
+        text = (tmp_path / f"{kind}-none.md").read_text()
+        return json.loads((tmp_path / f"{kind}-none.json").read_text()), text
+
+    return written
+
+
+def test_kernels_from_end_to_end(no_gpu_needed):
+    kernels.main(["--tune"])
+    result, text = no_gpu_needed("kernels")
+    assert len(result["rows"]) == 12 and text.count("\n| ") == 14
+    assert all({"ours", "eager", "max-autotune"} <= set(r["seconds"]) for r in result["rows"])
+    kept = [k for k in autotune_cache.load(CPU) if k.startswith("verdict")]
+    assert {k.split("kernel=")[1] for k in kept} == {
+        *("norm", "add_norm", "row_rstd", "gated_norm", "norm_linear", "norm_linear pair")
+    }
+    assert len(autotune_cache.load(CPU)) > len(kept)
+
+
+def test_a_kernel_that_fails_is_named_and_the_others_go_on(no_gpu_needed, monkeypatch):
+    class Broken:
+        __name__ = "gated_fwd"
+
+        def __getitem__(self, grid):
+            raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(gated.kernels, "gated_fwd", Broken())
+    with pytest.raises(SystemExit, match="wrong or failed"):
+        kernels.main([])
+    result, text = no_gpu_needed("kernels")
+    bad = [r for r in result["rows"] if "failed" in r]
+    assert len(bad) == 2 and all("no such instruction" in r["failed"]["ours"] for r in bad)
+    assert text.count("**failed**") == 2 and len(result["rows"]) == 12
+
+
+def test_models_from_end_to_end(no_gpu_needed):
+    gpu_models.main([])
+    result, _ = no_gpu_needed("models")
+    assert len(result["rows"]) == 9 and not gpu_timing.problems(result["rows"])
+    contestants = {"eager", "max-autotune", "without kernels", "ours"}
+    assert all(set(r["seconds"]) == contestants for r in result["rows"])
+    assert result["summary"]["lowest"] == pytest.approx(1.0)
+
+
+def test_errors_of_large_results_are_taken_piece_by_piece(monkeypatch):
+    monkeypatch.setattr(gpu_timing, "_PIECE", 7)
+    truth = torch.randn(5, 6)
+    y = truth.clone()
+    y[3, 2] += 0.25
+    wanted = 0.25 / truth.abs().max().item()
+    assert gpu_timing.error(y, truth) == pytest.approx(wanted, rel=1e-5)
+    y[4, 5] = float("nan")
+    assert gpu_timing.error(y, truth) == math.inf
 
 
 def test_one_command_runs_all():

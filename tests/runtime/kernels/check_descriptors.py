@@ -11,7 +11,7 @@ import torch
 from interpreter import DTYPES, KINDS, check, triton_ops
 from normfuse.runtime import devices
 from normfuse.runtime.kernels import plans
-from normfuse.runtime.triton_ops import products
+from normfuse.runtime.triton_ops import linear as linear_ops
 
 HALVES = DTYPES[1:]
 
@@ -32,15 +32,15 @@ class Launches:
 def launches(monkeypatch):
     """Small tiles and few processors, so that programs walk over several tiles."""
     monkeypatch.setattr(devices, "processors", lambda device: 2)
-    counted = Launches(products.launch)
-    monkeypatch.setattr(products, "launch", counted)
+    counted = Launches(linear_ops.launch)
+    monkeypatch.setattr(linear_ops, "launch", counted)
     return counted
 
 
 def with_plan(monkeypatch, descriptors, **changes):
     plan = plans.GemmPlan("large", 32, 32, 32, 4, 3, group=2, descriptors=descriptors)
     plan = dataclasses.replace(plan, **changes)
-    monkeypatch.setattr(products, "tuned", lambda *args, **options: plan)
+    monkeypatch.setattr(linear_ops, "tuned", lambda *args, **options: plan)
 
 
 def make(m, n, k, dtype, mean=0.0, seed=0):

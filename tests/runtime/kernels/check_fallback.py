@@ -11,7 +11,7 @@ import pytest
 import torch
 from interpreter import triton_ops
 from normfuse.runtime import autotune_cache, kernel_failures
-from normfuse.runtime.triton_ops import gated, launch, norms, products, symmetric
+from normfuse.runtime.triton_ops import gated, launch, linear, norms, symmetric
 from triton.runtime.errors import OutOfResources
 
 
@@ -99,10 +99,10 @@ CASES = {
     "add_norm": (add_norm, norms, ["norm_fwd_tile"]),
     "add_norm, both": (add_norm, norms, ["norm_fwd_tile", "norm_bwd_tile"]),
     "row_rstd": (row_rstd, norms, ["norm_fwd_tile"]),
-    "norm_linear rms": (norm_linear("rms"), products, ["norm_linear_kernel"]),
-    "norm_linear layer": (norm_linear("layer"), products, ["norm_linear_kernel"]),
-    "norm_linear crms": (norm_linear("crms"), products, ["norm_linear_kernel"]),
-    "scaled_linear": (scaled_linear, products, ["norm_linear_kernel"]),
+    "norm_linear rms": (norm_linear("rms"), linear, ["norm_linear_kernel"]),
+    "norm_linear layer": (norm_linear("layer"), linear, ["norm_linear_kernel"]),
+    "norm_linear crms": (norm_linear("crms"), linear, ["norm_linear_kernel"]),
+    "scaled_linear": (scaled_linear, linear, ["norm_linear_kernel"]),
     "batched products": (batched_products, symmetric, ["batched_product"]),
     "gated_norm": (gated_norm, gated, ["gated_fwd"]),
     "gated_norm, backward": (gated_norm, gated, ["gated_bwd_rows"]),
@@ -173,3 +173,20 @@ def test_what_is_not_the_kernels_fault_is_raised(monkeypatch, error):
     with pytest.raises(type(error)):
         triton_ops.norm(x, None, None, 1e-5, "rms", None, None)
     assert not triton_ops.failures()
+
+
+def test_whoever_requires_a_kernel_gets_it_or_an_error(monkeypatch):
+    """Timings and tuning: a formula must not be taken for a kernel, in backward neither."""
+    x, gain = inputs()[0].requires_grad_(), torch.ones(40)
+    y = triton_ops.norm(x, gain, None, 1e-5, "rms", None, None)[0]
+    breaking(
+        monkeypatch, norms, ["norm_fwd_tile", "norm_bwd_tile"], OutOfResources(2, 1, "registers")
+    )
+    with triton_ops.required():
+        with pytest.raises(triton_ops.KernelFailed, match="norm_fwd_tile"):
+            triton_ops.norm(x, gain, None, 1e-5, "rms", None, None)
+        with pytest.raises(triton_ops.KernelFailed, match="norm_bwd_tile"):
+            y.sum().backward()
+    assert not kernel_failures.known()
+    with pytest.warns(UserWarning, match="norm runs as plain PyTorch"):
+        triton_ops.norm(x, gain, None, 1e-5, "rms", None, None)

@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest
 import torch
 from interpreter import triton_ops
+from normfuse.passes import ops
 from normfuse.runtime.kernels import plans
 
 BF16 = torch.bfloat16
@@ -115,3 +116,33 @@ def test_gradients_at_offsets_beyond_32_bits(sparse):
         far = triton_ops.norm_backward(h, g, None, None, stats, "layer", True, None)
         near = triton_ops.norm_backward(x, g.clone(), None, None, stats, "layer", True, None)
         assert all(torch.equal(a, b) for a, b in zip(far, near, strict=True))
+
+
+@pytest.mark.parametrize("name", ["norm", "add_norm", "norm_linear", "gated_norm"])
+@pytest.mark.parametrize("linear_loss", [True, False])
+def test_second_derivatives_are_refused(name, linear_loss):
+    """Not wrong, not zero; a graph of gradients that nobody differentiates is fine."""
+    x = randn(5, 70).requires_grad_()
+    y = OPS[name](x)[0]
+    loss = y.sum() if linear_loss else y.square().sum()
+    (once,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (twice,) = torch.autograd.grad(loss, x, create_graph=True)
+    assert torch.equal(once, twice)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(twice.square().sum() + x.square().sum(), x)
+
+
+@pytest.mark.parametrize("name", ["row_rstd", "scaled_linear"])
+def test_second_derivatives_that_exist_are_right(name):
+    def formula(x):
+        if name == "row_rstd":
+            return ops.row_rstd(x, [-1], 1e-6)
+        w, s = randn(20, x.shape[1], seed=1).to(x.dtype), randn(x.shape[0], 1, seed=2).to(x.dtype)
+        return torch.nn.functional.linear(x, w) * s
+
+    found = []
+    for f, x in ((lambda x: OPS[name](x)[0], randn(5, 70)), (formula, randn(5, 70).double())):
+        x = x.requires_grad_()
+        (g,) = torch.autograd.grad(f(x).square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(g.square().sum(), x)[0])
+    torch.testing.assert_close(found[0].double(), found[1], rtol=1e-4, atol=1e-4)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from interpreter import DTYPES, KINDS, check, formula, triton_ops
 from normfuse.passes import ops
 from normfuse.runtime.kernels import plans
-from normfuse.runtime.triton_ops import products
+from normfuse.runtime.triton_ops import linear
 
 ACTS = triton_ops.ACTIVATIONS
 
@@ -102,7 +102,7 @@ def test_any_shape(m, n, k, dtype, kind, bias, act, scale):
     compare(x, w, b if bias else None, kind=kind, act=act, gradients=scale == 1.0)
 
 
-MIXED = [(a, b) for a in DTYPES for b in DTYPES if a != b and products.combines(a, b)]
+MIXED = [(a, b) for a in DTYPES for b in DTYPES if a != b and linear.combines(a, b)]
 
 
 @pytest.mark.parametrize("dtypes", MIXED, ids=str)
@@ -127,7 +127,7 @@ def test_rows_of_another_dtype_where_k_is_split(kind):
 
 def test_float16_weights_take_no_other_rows():
     """Rows are rounded before they are scaled: float16 would overflow."""
-    assert not any(products.combines(t, torch.float16) for t in (torch.float32, torch.bfloat16))
+    assert not any(linear.combines(t, torch.float16) for t in (torch.float32, torch.bfloat16))
     x, w, _ = make(3, 8, 20, torch.float32, scale=1e6)
     y, _ = ours(x, w.bfloat16())
     truth = reference(x.double(), w.double())
@@ -275,7 +275,7 @@ def test_cancellation_without_the_guard_is_bad(monkeypatch, k):
         return (ours(x, w, b, kind="layer")[0].double() - truth).abs().max()
 
     guarded = error()
-    monkeypatch.setitem(products.CENTER_LIMIT, torch.float32, 1e30)
+    monkeypatch.setitem(linear.CENTER_LIMIT, torch.float32, 1e30)
     assert error() > 20 * guarded
 
 
@@ -283,7 +283,7 @@ def test_cancellation_without_the_guard_is_bad(monkeypatch, k):
 @pytest.mark.parametrize("k", [256, 2100])
 def test_bound_of_the_guard(dtype, k):
     """Just under the bound the uncentered form is as good as eager."""
-    limit = products.CENTER_LIMIT[dtype]
+    limit = linear.CENTER_LIMIT[dtype]
     x, w, b = make(8, 24, k, torch.float32)
     x = (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True) + 0.95 * limit**0.5
     compare(x.to(dtype), w.to(dtype), b.to(dtype), kind="layer", gradients=False)
@@ -355,9 +355,40 @@ def test_given_column_sums_are_used():
     assert not torch.allclose(y, triton_ops.norm_linear(x, w, b, w.sum(1) + 1, *args)[0])
 
 
-def test_empty():
-    y, _ = ours(torch.randn(0, 5), torch.randn(7, 5), act="gelu")
-    assert y.shape == (0, 7)
+@pytest.mark.parametrize("m, n, k", [(0, 7, 5), (3, 0, 5), (3, 7, 0), (0, 0, 0)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_empty(m, n, k, kind):
+    """Rows of nothing have a result all the same: the bias."""
+    leaves = [t.requires_grad_() for t in pair(m, n, k, torch.float32)]
+    scale = torch.rand(m, 1)
+    for args in ((*leaves[:3], None, None), leaves):
+        y, _ = ours(*args, kind=kind, act="gelu")
+        given = triton_ops.scaled_linear(args[0], args[1], scale, *args[2:], "gelu", None)
+        used = [t for t in args if t is not None]
+        bias, up_bias = args[2], args[4]
+        truth = F.gelu(bias) * (1 if up_bias is None else up_bias) + torch.zeros(m, 1)
+        for z in (y, given):
+            assert z.shape == (m, n)
+            if k == 0:
+                torch.testing.assert_close(z, truth)
+            found = torch.autograd.grad(z.sum(), used, retain_graph=True)
+            assert all(torch.isfinite(g).all() for g in found)
+
+
+@pytest.mark.parametrize("m, k", [(6, 100), (6, 2100), (70, 100)])
+@pytest.mark.parametrize("what", ["inf", "nan", "far"])
+def test_rows_change_no_other_row(m, k, what):
+    """To the last bit, also where one of them makes its tile be multiplied again."""
+    x, w, b = make(m, 40, k, torch.float32)
+    spoiled = x.clone()
+    spoiled[2] = spoiled[2] + 50 if what == "far" else float(what)
+    for kind in KINDS:
+        before, after = ours(x, w, b, kind=kind), ours(spoiled, w, b, kind=kind)
+        good = [i for i in range(m) if i != 2]
+        for p, q in zip(before, after, strict=True):
+            rows = 0 if p.shape[0] == m else 1
+            assert torch.equal(*(t.index_select(rows, torch.tensor(good)) for t in (p, q)))
+        assert torch.isfinite(after[0][2]).all() == (what == "far")
 
 
 def test_refuses():

@@ -57,6 +57,30 @@ def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
 
 _Builder.cast_impl, _Builder.create_dot = _cast, _dot
 
+# Every call of a helper inside a kernel makes triton replace all functions of ``triton.language`` anew,
+# which takes longer than most helpers: once a launch is enough.
+_plain_patch, _patched = interpreter._patch_lang, set()
+
+
+def _patch_once(fn):
+    modules = frozenset(name for name, m in fn.__globals__.items() if m in (tl, tl.core))
+    if modules in _patched:
+        return None
+    scope, outermost = _plain_patch(fn), not _patched
+    _patched.add(modules)
+    if outermost:
+        restore = scope.restore
+
+        def closed():
+            _patched.clear()
+            restore()
+
+        scope.restore = closed
+    return scope
+
+
+interpreter._patch_lang = _patch_once
+
 
 def error(a: torch.Tensor, truth: torch.Tensor) -> float:
     """Largest error over the rows that are finite in truth, relative to the largest number there."""

@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 import fake_gpu
 from normfuse.runtime.kernels import plans
 from normfuse.runtime.lower_kernels import kernels, lower_to_kernels
-from normfuse.runtime.triton_ops import products
+from normfuse.runtime.triton_ops import linear as linear_ops
 
 F32, BF16 = torch.float32, torch.bfloat16
 nf = torch.ops.normfuse
@@ -115,7 +115,7 @@ def generated(name, monkeypatch, device="cuda:0"):
     f, makers, wanted = CASES[name]
     if "descriptors" in name:
         plan = plans.GemmPlan("large", 128, 128, 64, 8, 3, descriptors=True)
-        monkeypatch.setattr(products, "tuned", lambda *args, **options: plan)
+        monkeypatch.setattr(linear_ops, "tuned", lambda *args, **options: plan)
     with fake_gpu.pretended():
         gm, args, mode = traced(f, makers, device)
         return fake_gpu.code(gm, args, mode), wanted

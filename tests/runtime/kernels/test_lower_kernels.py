@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 pytest.importorskip("triton")
 
 from normfuse.passes import ir
-from normfuse.runtime import devices
+from normfuse.runtime import autotune_cache, devices
 from normfuse.runtime.lower import expand
 from normfuse.runtime.lower_kernels import kernels, lower_to_kernels
 
@@ -95,11 +95,95 @@ def test_plain_norms_stay_with_inductor_without_a_measurement():
     assert entry.kernel == "" and "no measurement" in entry.reason
 
 
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """Records what ``benchmarks/kernels.py --tune`` would have found."""
+    monkeypatch.setenv(autotune_cache.ENV, str(tmp_path))
+    monkeypatch.setattr(autotune_cache, "_loaded", {})
+
+    def record(kernel, sizes, faster):
+        times = (1.0, 2.0) if faster else (2.0, 1.0)
+        device = torch.device("cuda")
+        autotune_cache.record_verdict(device, kernel, torch.bfloat16, sizes, *times)
+
+    return record
+
+
+def gated_pair(x, g, u):
+    h = nf.rms_norm(x, [-1], stat_dtype=F32, out_dtype=x.dtype)
+    return torch.nn.functional.silu(torch.nn.functional.linear(h, g)) * torch.nn.functional.linear(
+        h, u
+    )
+
+
+MEASURED = {
+    "norm": (lambda x: nf.rms_norm(x, [-1], stat_dtype=F32), ((8, 64),), (8, 64)),
+    "add_norm": (
+        lambda x, r: nf.add_rms_norm(x, r, [-1], stat_dtype=F32),
+        ((8, 64), (8, 64)),
+        (8, 64),
+    ),
+    "row_rstd": (lambda x: nf.row_rstd(x, [-1], 1e-6, stat_dtype=F32), ((8, 64),), (8, 64)),
+    "gated_norm": (
+        lambda x, d, u: nf.gated_rms_norm(x, [-1], None, None, d, u, stat_dtype=F32),
+        ((4000, 4096), (16, 4096), (4096, 16)),
+        (4096, 4096, 16),
+    ),
+    # the model would decline the first and take the second
+    "norm_linear": (
+        deferred(),
+        ((16384, 4096), SHAPES[1], SHAPES[2], SHAPES[0]),
+        (16384, 4096, 4096),
+    ),
+    "norm_linear pair": (gated_pair, ((8, 4096), (8192, 4096), (8192, 4096)), (8, 8192, 4096)),
+}
+
+
+@pytest.mark.parametrize("faster", [True, False])
+@pytest.mark.parametrize("kernel", MEASURED)
+def test_a_measurement_decides(kernel, faster, measured):
+    f, shapes, sizes = MEASURED[kernel]
+    measured(kernel, sizes, faster)
+    gm, *_ = graph(f, *shapes)
+    done = lower_to_kernels(gm, "cuda", model=H100)
+    said = "measured faster" if faster else "own code was measured faster"
+    assert [e.kernel for e in done if said in e.reason] == [
+        kernel.removesuffix(" pair") if faster else ""
+    ]
+    assert faster or not any(e.kernel for e in done)
+
+
+def test_a_measurement_of_one_layer_does_not_speak_for_several(measured):
+    """Each was measured with a norm of its own: the model decides, a slower one still declines."""
+
+    def f(x, a, b):
+        h = nf.rms_norm(x, [-1], stat_dtype=F32, out_dtype=x.dtype)
+        return torch.nn.functional.linear(h, a), torch.nn.functional.linear(h, b)
+
+    shapes = ((16384, 4096), (4096, 4096), (2048, 4096))
+    measured("norm_linear", (16384, 4096, 4096), True)
+    measured("norm_linear", (16384, 2048, 4096), True)
+    gm, *_ = graph(f, *shapes)
+    entry, *_ = lower_to_kernels(gm, "cuda", model=H100)
+    assert entry.kernel == "" and "not predicted faster" in entry.reason
+    measured("norm_linear", (16384, 2048, 4096), False)
+    gm, *_ = graph(f, *shapes)
+    entry, *_ = lower_to_kernels(gm, "cuda", model=H100)
+    assert entry.kernel == "" and "own code was measured faster" in entry.reason
+
+
 @pytest.mark.parametrize(
     "f, shapes, reason",
     [
         (lambda x: nf.rms_norm(x, [-1]), ((8, 64),), "statistic is taken in torch.bfloat16"),
+        (
+            lambda x: nf.rms_norm(x, [-1], floor=True, stat_dtype=F32),
+            ((8, 64),),
+            "bounded from below",
+        ),
         (lambda x: nf.rms_norm(x, [-2, -1], stat_dtype=F32), ((8, 8, 64),), "last one"),
+        (lambda x: nf.rms_norm(x, [-1], stat_dtype=F32, floor=True), ((8, 64),), "from below"),
+        (lambda x: nf.row_rstd(x, [-1], stat_dtype=F32, floor=True), ((8, 64),), "from below"),
         (lambda x, g: nf.rms_norm(x, [-1], g, stat_dtype=F32), ((8, 64), (8, 1)), "per feature"),
         (
             lambda x, d, u: nf.gated_rms_norm(x, [-1], None, None, d, u, stat_dtype=F32),

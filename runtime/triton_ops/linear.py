@@ -14,7 +14,7 @@ from ..autotune_cache import tuned
 from ..kernels import linear as kernels
 from ..kernels import persistent, plans
 from . import launch as run
-from .launch import launch, rows_of
+from .launch import flat, launch, rows_of
 from .norms import gradient, normalize, statistics
 
 #: Activations, in the kernels' numbering, with their formulas.
@@ -50,6 +50,30 @@ def center_limit(x: torch.dtype, weight: torch.dtype) -> float:
     return CENTER_LIMIT_ROUNDED if rounded else CENTER_LIMIT[weight]
 
 
+def _check_layers(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    up: Tensor | None,
+    up_bias: Tensor | None,
+    act: str,
+) -> None:
+    """Raises ``ValueError`` for what no kernel multiplies."""
+    run.check(x, bias, up_bias)
+    if act not in ACTIVATIONS:
+        raise ValueError(f"no activation is called {act!r}; known: {', '.join(ACTIVATIONS)}")
+    if not (combines(x.dtype, weight.dtype) and weight.dtype in run.DTYPES):
+        raise ValueError(f"input is {x.dtype} but weight is {weight.dtype}")
+    if up is None:
+        return
+    if up.dtype != weight.dtype:
+        raise ValueError(f"the pair's weights are {weight.dtype} and {up.dtype}")
+    if up.shape != weight.shape:
+        raise ValueError(f"the pair's weights have shapes {weight.shape} and {up.shape}")
+    if (bias is None) != (up_bias is None):
+        raise ValueError("both layers of a pair have a bias or none has")
+
+
 def _product(
     x: Tensor,
     weight: Tensor,
@@ -65,42 +89,20 @@ def _product(
     out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """``(act(z)·z_up, stats)``; ``code``: 0 scale given, else of :data:`~.launch.KINDS`."""
-    run.check(x, bias, up_bias)
-    if act not in ACTIVATIONS:
-        raise ValueError(f"no activation is called {act!r}; known: {', '.join(ACTIVATIONS)}")
-    for w in (weight, up):
-        if w is not None and not (combines(x.dtype, w.dtype) and w.dtype in run.DTYPES):
-            raise ValueError(f"input is {x.dtype} but weight is {w.dtype}")
-        if w is not None and w.dtype != weight.dtype:
-            raise ValueError(f"the pair's weights are {weight.dtype} and {w.dtype}")
-    n, k = weight.shape[0], x.shape[-1]
-    dual = up is not None
-    if up is not None:
-        if up.shape != weight.shape:
-            raise ValueError(f"the pair's weights have shapes {weight.shape} and {up.shape}")
-        if (bias is None) != (up_bias is None):
-            raise ValueError("both layers of a pair have a bias or none has")
-        if up.stride() != weight.stride():
-            weight, up = weight.contiguous(), up.contiguous()
+    if up is not None and up.stride() != weight.stride():
+        weight, up = weight.contiguous(), up.contiguous()
     if weight.stride(1) != 1 and weight.numel() >= 1 << 31:
         # the kernels step along K in 32 bits
         weight, up = weight.contiguous(), run.contiguous(up)
-    m = math.prod(x.shape[:-1])
+    m, n, k = math.prod(x.shape[:-1]), weight.shape[0], x.shape[-1]
+    dual, centered = up is not None, code == run.KINDS["layer"]
     out = x.new_empty((*x.shape[:-1], n), dtype=out_dtype or weight.dtype)
     stats = x.new_empty((min(code, 2), m), dtype=torch.float32)
     if run.empty(out):
         return out, stats
-    centered = code == run.KINDS["layer"]
-    if not centered:
-        colsum = up_colsum = None
-    else:
-        colsum = _column_sums(weight, colsum)
-        up_colsum = None if up is None else _column_sums(up, up_colsum)
-    x2 = rows_of(x)
-    scale = None if scale is None else scale.reshape(-1).contiguous()
-    sizes = (m, n, k, weight.element_size(), devices.processors(x.device))
+    x2, processors = rows_of(x), devices.processors(x.device)
     options = {"dual": dual, "mixed": True} if x.dtype != weight.dtype else {"dual": dual}
-    plan = tuned("gemm", plans.gemm, x, *sizes, **options)
+    plan = tuned("gemm", plans.gemm, x, m, n, k, weight.element_size(), processors, **options)
     tiles = plans.cdiv(m, plan.block_m) * plans.cdiv(n, plan.block_n)
     operands = {
         "x": x2,
@@ -127,9 +129,9 @@ def _product(
     ending = {
         "bias": run.contiguous(bias),
         "bias2": run.contiguous(up_bias),
-        "colsum": colsum,
-        "colsum2": up_colsum,
-        "scale": scale,
+        "colsum": _column_sums(weight, colsum) if centered else None,
+        "colsum2": _column_sums(up, up_colsum) if centered and up is not None else None,
+        "scale": None if scale is None else scale.reshape(-1).contiguous(),
         "out": out,
         "stats": stats if code else None,
         "EPS": eps,
@@ -140,58 +142,47 @@ def _product(
     if plan.descriptors and _described(x2, weight, up, code):
         # LayerNorm's second product needs shared memory, too
         tiling["num_stages"] = min(plan.num_stages, 3) if centered else plan.num_stages
-        launch(
-            persistent.norm_linear_persistent,
-            (min(tiles, devices.processors(x.device)),),
-            x,
-            GROUP=plan.group,
-            TRANSPOSED=weight.stride(1) != 1,
-            workspace=True,
-            **operands,
-            **tiling,
-            **ending,
-        )
-        return out, stats
-    if plan.splits == 1:
-        launch(
-            kernels.norm_linear_kernel,
-            (tiles,),
-            x,
-            GROUP=plan.group,
-            **operands,
-            **tiling,
-            **ending,
-        )
-        return out, stats
+        tiling |= {"GROUP": plan.group, "TRANSPOSED": weight.stride(1) != 1}
+        kernel, grid = persistent.norm_linear_persistent, (min(tiles, processors),)
+        launch(kernel, grid, x, workspace=True, **operands, **tiling, **ending)
+    elif plan.splits == 1:
+        tiling["GROUP"] = plan.group
+        launch(kernels.norm_linear_kernel, (tiles,), x, **operands, **tiling, **ending)
+    else:
+        _split_product(x, plan, tiles, operands, tiling, ending)
+    return out, stats
+
+
+def _split_product(
+    x: Tensor,
+    plan: plans.GemmPlan,
+    tiles: Any,
+    operands: dict[str, Any],
+    tiling: dict[str, Any],
+    ending: dict[str, Any],
+) -> None:
+    """Partial products over parts of K, then a kernel that adds them up and finishes."""
+    m, n, k = (operands[size] for size in "MNK")
     span = plans.cdiv(plans.cdiv(k, plan.splits), plan.block_k) * plan.block_k
     splits = plans.cdiv(k, span)
-    partial = x.new_empty((splits, 2 if dual else 1, m, n), dtype=torch.float32)
-    sums = x.new_empty((splits, 2, m), dtype=torch.float32) if code else None
-    launch(
-        kernels.norm_linear_split,
-        (tiles, splits),
-        x,
-        partial=partial,
-        sums=sums,
-        span=span,
-        **operands,
-        **tiling,
-    )
-    block_n = min(plans.next_power_of_2(n), 256) if type(n) is int else 256
+    partial = x.new_empty((splits, 2 if operands["DUAL"] else 1, m, n), dtype=torch.float32)
+    sums = x.new_empty((splits, 2, m), dtype=torch.float32) if operands["STATS"] else None
+    parts = {"partial": partial, "sums": sums}
+    grid = (tiles, splits)
+    launch(kernels.norm_linear_split, grid, x, span=span, **parts, **operands, **tiling)
+    block_n, block_k = plans.finish(n)
     launch(
         kernels.norm_linear_finish,
         (m, plans.cdiv(n, block_n)),
         x,
-        partial=partial,
-        sums=sums,
         SPLITS=splits,
         BLOCK_N=block_n,
-        BLOCK_K=32,
+        BLOCK_K=block_k,
         num_warps=4,
+        **parts,
         **operands,
         **ending,
     )
-    return out, stats
 
 
 def _described(x: Tensor, weight: Tensor, up: Tensor | None, code: int) -> bool:
@@ -267,7 +258,10 @@ def norm_linear(
     weights (see :func:`combines`): it is multiplied in theirs, as a cast behind the norm would have it.
     """
     code = run.check_kind(kind)
+    _check_layers(x, weight, bias, up, up_bias, act)
     pair = (up, up_bias, up_colsum)
+    if run.empty(x):  # results may have elements all the same
+        return _plain_norm_linear(x, weight, bias, colsum, *pair, eps, kind, act, out_dtype)
     return _product(x, weight, bias, colsum, *pair, None, eps, code, act, out_dtype)
 
 
@@ -303,6 +297,7 @@ def scaled_linear(
     out_dtype: torch.dtype | None,
 ) -> Tensor:
     """``act((x weightᵀ)·scale + bias)``, a gated pair with ``up``; ``scale``: one number per row."""
+    _check_layers(x, weight, bias, up, up_bias, act)
     if x.dtype != weight.dtype:
         raise ValueError(f"input is {x.dtype} but weight is {weight.dtype}")
     if scale.dtype not in run.DTYPES or scale.dim() != x.dim() or scale.shape[:-1] != x.shape[:-1]:
@@ -337,7 +332,7 @@ def _save_norm_linear(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward_norm_linear(ctx: Any, dy: Tensor, _: Any) -> tuple:
     x, weight, bias, up, up_bias, stats = ctx.saved_tensors
-    x2 = x.reshape(-1, x.shape[-1])
+    x2 = flat(x)
     h = x2.float()
     if ctx.kind == "layer":
         h = h - stats[1, :, None]
@@ -370,7 +365,7 @@ def _pair_gradients(
     act: str,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the two pre-activations, float32; products are computed again where needed."""
-    dy = dy.reshape(-1, dy.shape[-1]).float()
+    dy = flat(dy).float()
     if up is None and act == "identity":
         return dy, None
     z = product(weight, bias)
@@ -387,7 +382,7 @@ def _save_scaled(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _backward_scaled(ctx: Any, dy: Tensor) -> tuple:
     x, weight, scale, bias, up, up_bias = ctx.saved_tensors
-    x2, s = x.reshape(-1, x.shape[-1]), scale.reshape(-1, 1).float()
+    x2, s = flat(x), scale.reshape(-1, 1).float()
 
     def product(w: Tensor, b: Tensor | None) -> Tensor:
         z = (x2 @ w.t()).float() * s
@@ -411,5 +406,5 @@ def _backward_scaled(ctx: Any, dy: Tensor) -> tuple:
     return dx, dweight, dscale, dbias, dup, dup_bias, None, None
 
 
-norm_linear.register_autograd(_backward_norm_linear, setup_context=_save_norm_linear)
+norm_linear.register_autograd(run.once(_backward_norm_linear), setup_context=_save_norm_linear)
 scaled_linear.register_autograd(_backward_scaled, setup_context=_save_scaled)
