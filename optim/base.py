@@ -184,12 +184,14 @@ class MatrixOptimizer(Optimizer):
             if p.layout != torch.strided:
                 raise ValueError(f"{name} is {p.layout}; a dense parameter is needed")
             slots = make_slots(p, name, group, pipeline)
-            fused = group.get("split") is not None and slots[0].count > 1
+            fused = (slots[0].count > 1 and group.get("split") is not None) or slots[0].parts
             if _shards(p) is not None and fused and group.get("block_period", 1) > 1:
                 raise ValueError(
                     f"{name} is a sharded parameter with split: in block steps a shard is one "
                     "matrix, which may hold rows of several parts; use block_period=1"
                 )
+            if slots[0].parts and pipeline.reads_param:
+                raise ValueError(f"{name} is a DTensor, and {algorithm.name} does not split those")
 
     # -- buckets -----------------------------------------------------------------------------------
 

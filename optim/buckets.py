@@ -11,7 +11,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,8 @@ class Slot:
     rows: int
     cols: int
     turned: bool
+    #: A sharded parameter that is split: how its whole comes apart.
+    parts: tuple[Slot, ...] = ()
 
     def target(self, t: Tensor) -> Tensor:
         """The part of ``t`` (the parameter, its gradient, …) this slot stands for: a view."""
@@ -108,8 +110,11 @@ def make_slots(p: Tensor, name: str, group: Mapping[str, Any], pipeline: Pipelin
         )
     out: list[Slot] = []
     pieces = _pieces(p, name, group.get("split"))
-    if hasattr(p, "placements") and len(pieces) > 1:
-        return [_sharded_parts(p, name, pieces, view)]
+    sharded = hasattr(p, "placements") and len(pieces) > 1
+    if sharded and view != "batch" and all((d, n) == (0, pieces[0][2]) for d, _, n in pieces):
+        # equal parts along dimension 0 are consecutive matrices of one slot
+        rows, cols = pieces[0][2], math.prod(p.shape[1:])
+        return [Slot(p, name, "", None, 0, 0, len(pieces), rows, cols, False)]
     for i, (dim, start, length) in enumerate(pieces):
         shape = list(p.shape)
         if dim is not None:
@@ -127,22 +132,15 @@ def make_slots(p: Tensor, name: str, group: Mapping[str, Any], pipeline: Pipelin
         )
         suffix = "" if i == 0 else f".{i}"
         out.append(Slot(p, name, suffix, dim, start, length, count, rows, cols, turned))
-    return out
-
-
-def _sharded_parts(
-    p: Tensor, name: str, pieces: Sequence[tuple[int | None, int, int]], view: str
-) -> Slot:
-    """A DTensor in equal parts along dimension 0: consecutive matrices of one slot, since shards are
-    those of the parameter whatever its parts."""
-    if view == "batch" or any((d, n) != (0, pieces[0][2]) for d, _, n in pieces):
+    if not sharded:
+        return out
+    (whole,) = make_slots(p, name, {**group, "split": None}, pipeline)
+    if any(part.count != whole.count for part in out):
         raise ValueError(
-            f"{name} is a DTensor: split is supported for equal parts along dimension 0 "
-            f"(view 'matrix' or 'flatten'), not for parts {[n for _, _, n in pieces]} along "
-            f"dimension {pieces[0][0]}"
+            f"{name} is a DTensor whose split would cut dimension {pieces[0][0]}, which counts its "
+            "matrices: it leaves them whole, and is not needed"
         )
-    rows, cols = pieces[0][2], math.prod(p.shape[1:])
-    return Slot(p, name, "", None, 0, 0, len(pieces), rows, cols, False)
+    return [replace(whole, parts=tuple(out))]
 
 
 def _pieces(p: Tensor, name: str, split: Any) -> list[tuple[int | None, int, int]]:
@@ -186,7 +184,7 @@ class Bucket:
         self.dtype, self.device = first.param.dtype, first.param.device
         self.total = sum(s.count for s in self.slots)
         self.offsets = [sum(s.count for s in self.slots[:i]) for i in range(len(self.slots))]
-        self.specs = pipeline.states(self.rows, self.cols)
+        self.specs = self._specs()
         self.stacks = self._make_stacks()
         self.step = (
             torch.zeros(self.total, 1, 1, dtype=torch.float32, device=self.device)
@@ -217,6 +215,9 @@ class Bucket:
     @property
     def periodic(self) -> bool:
         return self.pipeline.periodic
+
+    def _specs(self) -> dict[str, StateSpec]:
+        return self.pipeline.states(self.rows, self.cols)
 
     def _computing(self) -> torch.dtype:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -373,12 +374,13 @@ class Bucket:
         tensors = Tensors(grad, states, self.hyper, constants, step, param)
         if self.periodic:
             self._refresh(active, tensors)
-        factor = None
+            self._count(active)
+        factors = None
         if self._large and not masked and self._stream(slots, tensors, apply, compile):
             update = None
         elif self._large and not masked:
             lead = functools.partial(fused.lead, self.pipeline) if compile else None
-            update, factor, decay = run_unscaled(self.pipeline, tensors, lead)
+            update, factors, decay = run_unscaled(self.pipeline, tensors, lead)
         elif compile and whole:
             update, decay = COMPILED.get(self.pipeline, tensors, masked)(tensors)
         else:
@@ -390,7 +392,7 @@ class Bucket:
             if self.step is not None and step is not None:
                 self.step[index] = step
         if apply and update is not None:
-            self._apply(slots, update, decay, factor, compile)
+            self._apply(slots, update, decay, factors, compile)
 
     def _refresh(self, active: Sequence[int], t: Tensors) -> None:
         """Run the stages' rare work on the matrices for which it is due."""
@@ -418,6 +420,8 @@ class Bucket:
                 for key, value in stage.refresh(make_batch(part, ok)).items():
                     old = part.state[key]
                     t.state[key][index] = torch.where(ok, value.to(old.dtype), old)
+
+    def _count(self, active: Sequence[int]) -> None:
         for i in active:
             self._host_steps[i] += 1
 
@@ -460,12 +464,12 @@ class Bucket:
         slots: Sequence[Slot],
         update: Tensor,
         decay: Tensor | None,
-        factor: Tensor | None = None,
+        factors: Sequence[Tensor] | None = None,
         compile: bool = False,
     ) -> None:
-        """``p ← p·decay + update·factor``, reading and writing each parameter once.
+        """``p ← p·decay + update·factors``, reading and writing each parameter once.
 
-        ``factor`` is given for large matrices on CPUs: they are multiplied a piece at a time or,
+        ``factors`` are given for large matrices on CPUs: they are multiplied a piece at a time or,
         compiled, in one loop a matrix.
         """
         targets = [s.target(s.param) for s in slots]
@@ -481,28 +485,33 @@ class Bucket:
                 for f, s, t in zip(per, slots, targets, strict=True)
             ]
         pieces = update.split(counts)
-        if factor is None:
+        if factors is None:
             for s, t, u, keep in zip(slots, targets, pieces, keeps, strict=True):
                 self._add(t, s.view(u), keep)
             return
-        size = PIECE * torch.get_num_threads()
         number = 0
         for s, t, u, keep in zip(slots, targets, pieces, keeps, strict=True):
-            f = factor if factor.ndim == 0 else factor[number : number + s.count]
-            if not t.is_contiguous() or not u.is_contiguous() or s.turned:
-                self._add(t, s.view((u * f).to(t.dtype)), keep)
-                number += s.count
-                continue
-            for k in range(s.count):
-                f = factor if factor.ndim == 0 else factor[number + k].view(())
-                one, each = t.view(s.count, -1)[k], u[k].flatten()
-                if compile:
-                    fused.move(self.pipeline, one, each, f, 1.0 if keep is None else keep)
-                    continue
-                for low in range(0, each.numel(), size):
-                    scaled = (each[low : low + size] * f).to(t.dtype)
-                    self._add(one[low : low + size], scaled, keep)
+            span = slice(number, number + s.count)
+            own = [f[span] if f.ndim == 3 else f for f in factors]
+            if s.turned or not t.is_contiguous() or not u.is_contiguous():
+                self._add(t, s.view(_times(u, own).to(t.dtype)), keep)
+            else:
+                for k, matrix in enumerate(t.view(s.count, s.rows, s.cols)):
+                    each = [f[k] if f.ndim == 3 else f for f in own]
+                    by = keep.view(-1)[k] if isinstance(keep, Tensor) and keep.ndim else keep
+                    if compile:
+                        fused.move(self.pipeline, matrix, u[k], each, 1.0 if by is None else by)
+                    else:
+                        self._move(matrix, u[k], each, by)
             number += s.count
+
+    def _move(self, target: Tensor, update: Tensor, factors: Sequence[Tensor], keep: Any) -> None:
+        """``target ← keep·target + update·factors`` for ``[r, c]`` a few rows at a time."""
+        rows = max(1, PIECE * torch.get_num_threads() // max(1, target.shape[1]))
+        for low in range(0, target.shape[0], rows):
+            span = slice(low, low + rows)
+            own = [f[span] if f.ndim == 2 and f.shape[0] > 1 else f for f in factors]
+            self._add(target[span], _times(update[span], own).to(target.dtype), keep)
 
     # -- bookkeeping -----------------------------------------------------------------------------------
 
@@ -522,6 +531,12 @@ class Bucket:
         """Estimated peak of one step besides parameters, gradients and states."""
         size = torch.finfo(self._computing()).bits // 8
         return 4 * self.total * self.rows * self.cols * size
+
+
+def _times(update: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    for factor in factors:
+        update = update * factor
+    return update
 
 
 def _all_finite(grad: Tensor) -> Tensor | bool:

@@ -13,6 +13,7 @@ Replicated parameters (DDP) are plain tensors and need nothing from here.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .buckets import Bucket, Slot
-from .pipeline import Pipeline, Tensors, computing_dtype, make_batch
+from .pipeline import COMPILED, Pipeline, Tensors, computing_dtype, run_stages
 from .stages import Stage, StateSpec
 
 
@@ -30,6 +31,36 @@ def _shard(full: Tensor, like: DTensor) -> Tensor:
     mesh = like.device_mesh
     whole = DTensor.from_local(full, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return whole.redistribute(mesh, like.placements).to_local()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The matrices of whole parameters that the later stages see: all, or one part of a split.
+
+    Attributes:
+        slot: how the part is cut from a whole parameter; None for all of it.
+        states: names of the later stages' states, without and with the part's suffix.
+        constants: of the part's shape; None for the bucket's own.
+    """
+
+    slot: Slot | None
+    states: Mapping[str, str]
+    constants: Mapping[str, Tensor] | None
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """``[count, r, c]`` of one whole parameter, given as ``[count, rows, cols]``."""
+        return whole if self.slot is None else self.slot.gather(whole.view(self.slot.param.shape))
+
+    def put(self, update: Tensor, out: Tensor) -> None:
+        """Inverse of :meth:`cut` for ``out [n·count, r, c]``, into ``update [n·count, rows, cols]``."""
+        if self.slot is None:
+            update.copy_(out)
+            return
+        for one, piece in zip(
+            update.split(self.slot.count), out.split(self.slot.count), strict=True
+        ):
+            target = self.slot.target(one.view(self.slot.param.shape))
+            target.copy_(piece.reshape(target.shape))
 
 
 class ShardedBucket(Bucket):
@@ -45,19 +76,43 @@ class ShardedBucket(Bucket):
         state: Mapping[Tensor, dict[str, Any]],
     ) -> None:
         self.mesh = slots[0].param.device_mesh  # type: ignore[attr-defined]
+        parts, rows, cols = slots[0].parts, slots[0].rows, slots[0].cols
         split = 0
         if not pipeline.reads_param and not pipeline.periodic:
-            while split < len(pipeline.stages) and pipeline.stages[split].elementwise:
+            for stage in pipeline.stages:
+                # (what depends on the shape depends on the part's)
+                if not stage.elementwise or (parts and stage.constants(rows, cols)):
+                    break
                 split += 1
         self.local_stages: tuple[Stage, ...] = pipeline.stages[:split]
         self.whole_stages: tuple[Stage, ...] = pipeline.stages[split:]
-        self.local_names = {
-            k for s in self.local_stages for k in s.states(slots[0].rows, slots[0].cols)
-        }
+        self.local_names = {k for s in self.local_stages for k in s.states(rows, cols)}
         self.local_shape = tuple(_local(slots[0].param).shape)
         super().__init__(slots, pipeline, group, state)
+        later = [k for s in self.whole_stages for k in s.states(rows, cols)]
+        self.parts = [
+            _Part(part, {k: part.key(k) for k in later}, self._constants(part.rows, part.cols))
+            for part in parts
+        ] or [_Part(None, {k: k for k in later}, None)]
 
     # -- states ------------------------------------------------------------------------------------
+
+    def _specs(self) -> dict[str, StateSpec]:
+        whole = super()._specs()
+        parts = self.slots[0].parts
+        if not parts:
+            return whole
+        out = {k: v for k, v in whole.items() if k in self.local_names}
+        for part in parts:
+            specs = self.pipeline.states(part.rows, part.cols)
+            out.update({part.key(k): v for k, v in specs.items() if k not in self.local_names})
+        return out
+
+    def _constants(self, rows: int, cols: int) -> dict[str, Tensor]:
+        return {
+            k: torch.tensor(v, dtype=self._computing(), device=self.device)
+            for k, v in self.pipeline.constants(rows, cols).items()
+        }
 
     def _make_stacks(self) -> dict[str, Tensor]:
         out = {}
@@ -116,11 +171,12 @@ class ShardedBucket(Bucket):
         apply: bool = True,
     ) -> None:
         """One step; every rank of the mesh must call it with the same ``active``."""
-        del compile, masked  # eager; non-finite matrices were taken out by :meth:`finite`
+        del masked  # non-finite matrices were taken out by :meth:`finite`
         if not active or self.rows * self.cols == 0:
             return
         self.fill_hyper()
         slots = [self.slots[i] for i in active]
+        self._compiling = compile and len(slots) == len(self.slots)
         local = self._local_part(active, slots, grads)
         period = self.group.get("block_period", 1)
         if self.whole_stages and period > 1 and self.group.get("block_step", 0) % period:
@@ -131,6 +187,10 @@ class ShardedBucket(Bucket):
             rate = self.hyper["lr"]
             update, decay = [(u * -rate).to(self.dtype) for u in local], None
         self._apply_local(slots, update, decay)
+
+    def _run(self, stages: tuple[Stage, ...], t: Tensors) -> tuple[Tensor, Tensor | None]:
+        """Stages on stacked tensors, as one compiled graph if that was asked for."""
+        return COMPILED.stages(stages, t)(t) if self._compiling else run_stages(stages, t)
 
     def _local_part(
         self, active: Sequence[int], slots: Sequence[Slot], grads: Callable[[Slot], Tensor]
@@ -150,15 +210,12 @@ class ShardedBucket(Bucket):
             None if self.step is None else self.step[rows[:: slots[0].count]],
             None,
         )
-        batch = make_batch(t)
-        for stage in self.local_stages:
-            batch = stage(batch)
+        update, _ = self._run(self.local_stages, t)
         for k in self.local_names:
-            stack = self.stacks[k]
-            stack[index] = batch.state[k].to(stack.dtype).reshape(len(slots), *self.local_shape)
+            self.stacks[k][index] = flat[k].reshape(len(slots), *self.local_shape)
         if self.step is not None and not self.whole_stages:
             self.step[rows] += 1
-        return [u.reshape(self.local_shape) for u in batch.update.unbind()]
+        return [u.reshape(self.local_shape) for u in update.unbind()]
 
     def _block_part(self, local: Sequence[Tensor]) -> list[Tensor]:
         """The later stages on this rank's shards as matrices of their own; no communication."""
@@ -171,14 +228,9 @@ class ShardedBucket(Bucket):
             rows, cols = shape[0], local[0].numel() // shape[0]
         stack = torch.stack([u.reshape(-1, rows, cols) for u in local])
         grad = stack.flatten(0, 1)
-        constants = {
-            k: torch.tensor(v, dtype=self._computing(), device=self.device)
-            for k, v in self.pipeline.constants(rows, cols).items()
-        }
-        batch = make_batch(Tensors(grad, {}, self.hyper, constants, None, None))
-        for stage in self.whole_stages:
-            batch = stage(batch)
-        update = batch.update * (-self.hyper["lr"] * self.group["block_lr"])
+        t = Tensors(grad, {}, self.hyper, self._constants(rows, cols), None, None)
+        direction, _ = self._run(self.whole_stages, t)
+        update = direction * (-self.hyper["lr"] * self.group["block_lr"])
         return list(update.to(self.dtype).reshape(len(local), *shape).unbind())
 
     def _matrix_rows(self, active: Sequence[int]) -> Tensor:
@@ -201,40 +253,34 @@ class ShardedBucket(Bucket):
         shape = (share * count, self.rows, self.cols)
         update = torch.zeros(shape, dtype=self.dtype, device=self.device)
         rows = self._matrix_rows(active)
-        new = {
-            k: torch.zeros((share * count, *self.specs[k].shape), dtype=self.stacks[k].dtype).to(
-                self.device
-            )
-            for k in names
-        }
+        new = {k: self.stacks[k].new_zeros((share * count, *self.specs[k].shape)) for k in names}
         decay = torch.ones(share * count, 1, 1, dtype=torch.float64, device=self.device)
-        if whole:
-            low = mine[0] * count
-            own = rows[low : low + len(whole) * count]
+        size = len(whole) * count
+        own = rows[mine[0] * count :][:size] if whole else rows[:0]
+        for part in self.parts if whole else ():
+            if part.constants is None:
+                constants = {k: v[own] for k, v in self.constants.items()}
+            else:
+                constants = {k: v.expand(size, 1, 1) for k, v in part.constants.items()}
             t = Tensors(
-                torch.cat(whole),
-                {k: self.stacks[k][own] for k in names},
+                torch.cat([part.cut(w) for w in whole]),
+                {k: self.stacks[full][own] for k, full in part.states.items()},
                 self.hyper,
-                {k: v[own] for k, v in self.constants.items()},
+                constants,
                 None if self.step is None else self.step[own],
                 torch.cat(params) if params else None,
             )
             if self.periodic:
                 self._refresh([active[k] for k in mine], t)
-            batch = make_batch(t)
-            for stage in self.whole_stages:
-                batch = stage(batch)
-            size = len(whole) * count
-            update[:size] = (batch.update * -self.hyper["lr"]).to(self.dtype)
-            for name in names:
-                new[name][:size] = batch.state[name].to(new[name].dtype)
-            if batch.decay is not None:
+            direction, factor = self._run(self.whole_stages, t)
+            part.put(update[:size], (direction * -self.hyper["lr"]).to(self.dtype))
+            for k, full in part.states.items():
+                new[full][:size] = t.state[k]
+            if factor is not None:
                 rate = self.hyper["lr"] * self.hyper["weight_decay"] * self.pipeline.decay_factor
-                decay[:size] = 1 - rate * batch.decay
+                decay[:size] = 1 - rate * factor
         if self.periodic:
-            for i in active:
-                if i not in [active[k] for k in mine]:
-                    self._host_steps[i] += 1
+            self._count(active)
         total = len(slots) * count
         pieces = self._from_owners(slots, update, share)
         for name in names:

@@ -22,10 +22,10 @@ from .pipeline import (
     COMPILED,
     Pipeline,
     Tensors,
-    factor_of,
     keep_of,
     pieces,
     run_leading,
+    signed,
     sliceable,
 )
 
@@ -51,7 +51,8 @@ class Loop:
 
 
 def _signature(tensors: Sequence[Tensor]) -> tuple:
-    return tuple((t.dtype, t.device, t.ndim) for t in tensors)
+    # sizes are symbolic, but for 1, which broadcasts
+    return tuple((t.dtype, t.device, tuple(n == 1 for n in t.shape)) for t in tensors)
 
 
 def lead(pipeline: Pipeline, t: Tensors, out: Tensor) -> Tensor | None:
@@ -76,7 +77,7 @@ def run(pipeline: Pipeline, t: Tensors, targets: Sequence[Tensor]) -> bool:
     """The whole step of an elementwise pipeline, parameters (``targets``, ``[n]`` each) included;
     False if it cannot be done in one loop."""
     names = sliceable(pipeline, t)
-    if names is None or pipeline.leading != pipeline.working:
+    if names is None or pipeline.leading != pipeline.stages:
         return False
     for b, _, piece in pieces(t, names, t.grad[0].numel()):
         flat, layout = piece.flatten()
@@ -92,20 +93,24 @@ def _whole(pipeline: Pipeline, layout: tuple) -> Callable[..., None]:
     def function(*args: Tensor) -> None:
         piece = Tensors.unflatten(args[:-1], layout)
         batch = run_leading(pipeline, piece)
-        update = (batch.update * factor_of(pipeline, batch)).to(piece.grad.dtype).flatten()
+        update = signed(batch).to(piece.grad.dtype).flatten()
         _add(pipeline, args[-1], update, keep_of(pipeline, piece, batch.decay))
 
     return function
 
 
-def move(pipeline: Pipeline, target: Tensor, update: Tensor, factor: Tensor, keep: Any) -> None:
-    """``target ← keep·target + factor·update``, all ``[n]``; ``factor`` 0-d, ``keep`` a number."""
+def move(
+    pipeline: Pipeline, target: Tensor, update: Tensor, factors: Sequence[Tensor], keep: Any
+) -> None:
+    """``target ← keep·target + update·factors``, both ``[r, c]``; factors broadcast."""
     keep = torch.as_tensor(keep, dtype=torch.float64).to(target.device, opmath(target))
 
-    def function(target: Tensor, update: Tensor, factor: Tensor, keep: Tensor) -> None:
-        _add(pipeline, target, (update * factor).to(target.dtype), keep)
+    def function(target: Tensor, update: Tensor, keep: Tensor, *factors: Tensor) -> None:
+        for factor in factors:
+            update = update * factor
+        _add(pipeline, target, update.to(target.dtype), keep)
 
-    args = (target, update, factor, keep)
+    args = (target, update, keep, *factors)
     flags = (pipeline.decay_order, pipeline.cautious)
     COMPILED.fetch((move, flags, _signature(args)), lambda: Loop(function, args))(*args)
 

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from . import kernel_products
 from .products import scratch
-from .stages import Batch, Scale, Stage, StateSpec
+from .stages import Batch, Stage, StateSpec
 
 #: Elementwise work on large matrices on CPUs is done this many entries a thread at a time, so that
 #: temporaries stay in cache and are not fresh pages: several times faster than whole matrices.
@@ -60,20 +60,9 @@ class Pipeline:
         return all(s.elementwise for s in self.stages)
 
     @property
-    def scaling(self) -> Scale | None:
-        """The last stage if it only scales: it is applied with the learning rate."""
-        last = self.stages[-1] if self.stages else None
-        return last if isinstance(last, Scale) else None
-
-    @property
-    def working(self) -> tuple[Stage, ...]:
-        """The stages without :attr:`scaling`."""
-        return self.stages[:-1] if self.scaling else self.stages
-
-    @property
     def leading(self) -> tuple[Stage, ...]:
-        """The elementwise stages that come first, among :attr:`working`."""
-        stages = self.working
+        """The elementwise stages that come first."""
+        stages = self.stages
         count = next((i for i, s in enumerate(stages) if not s.elementwise), len(stages))
         return stages[:count]
 
@@ -149,7 +138,7 @@ def make_batch(t: Tensors, ok: Tensor | None = None) -> Batch:
     if ok is not None:
         grad = torch.where(ok, grad, 0.0)
     return Batch(
-        update=grad,
+        direction=grad,
         grad=grad,
         param=None if t.param is None else t.param.to(dtype),
         state={k: v.to(computing_dtype(v.dtype)) for k, v in t.state.items()},
@@ -159,10 +148,24 @@ def make_batch(t: Tensors, ok: Tensor | None = None) -> Batch:
     )
 
 
-def factor_of(pipeline: Pipeline, batch: Batch) -> Tensor:
-    """What the direction is multiplied by: ``-lr`` times the last scale; 0-d or ``[B, 1, 1]``."""
-    rate = -batch.hyper["lr"]
-    return rate if pipeline.scaling is None else rate * pipeline.scaling.factors(batch)
+def factors_of(batch: Batch) -> list[Tensor]:
+    """What ``batch.direction`` is multiplied by to be added to the parameters: one factor for each matrix
+    (0-d or ``[B, 1, 1]``), ``-lr`` among it, or for its lines, or both."""
+    rate, lines = -batch.hyper["lr"], []
+    for factor in batch.factors:
+        if isinstance(factor, Tensor) and factor.shape[-2:] != (1, 1):
+            lines.append(factor)
+        else:
+            rate = rate * factor
+    return [lines[0] * rate] if len(lines) == 1 else [rate, *lines]
+
+
+def signed(batch: Batch) -> Tensor:
+    """What is added to the parameters."""
+    out = batch.direction
+    for factor in factors_of(batch):
+        out = out * factor
+    return out
 
 
 def keep_of(pipeline: Pipeline, t: Tensors, decay: Tensor | None) -> Tensor:
@@ -230,13 +233,12 @@ def run_in_pieces(
             (or None, as in :func:`run`) of each piece.
     """
     names = sliceable(pipeline, t)
-    if names is None or pipeline.leading != pipeline.working:
+    if names is None or pipeline.leading != pipeline.stages:
         return False
     for b, span, piece in pieces(t, names):
         batch = run_leading(pipeline, piece)
         keep = None if batch.decay is None else keep_of(pipeline, t, batch.decay)
-        update = batch.update * factor_of(pipeline, batch)
-        sink(b, span, update.to(t.grad.dtype).flatten(), keep)
+        sink(b, span, signed(batch).to(t.grad.dtype).flatten(), keep)
     if t.step is not None:
         t.step.add_(1)
     return True
@@ -246,18 +248,18 @@ def run_unscaled(
     pipeline: Pipeline,
     t: Tensors,
     lead: Callable[[Tensors, Tensor], Tensor | None] | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """:func:`run` for large matrices on a CPU: the leading stages run a piece at a time.
 
     Args:
         lead: does what the leading stages do to one whole matrix; see ``fused.lead``.
 
     Returns:
-        ``(direction, factor, decay)``: the update is ``direction·factor``, not yet multiplied and in
-        the computing dtype; good until the next step.
+        ``(direction, factors, decay)``: the update is their product (see :func:`factors_of`), not yet
+        multiplied and in the computing dtype; good until the next step.
     """
     names = sliceable(pipeline, t)
-    stages = pipeline.working
+    stages = pipeline.stages
     if names is None:
         names, batch = [], make_batch(t)
     else:
@@ -274,7 +276,7 @@ def run_unscaled(
             flat[b, span] = part.update.flatten()
             decays[b] = part.decay
         decay = torch.cat(list(decays.values())) if decays[0] is not None else None
-        batch = replace(make_batch(t), update=update, decay=decay)
+        batch = replace(make_batch(t), direction=update, decay=decay)
     for stage in stages:
         batch = stage(batch)
     for key, old in t.state.items():
@@ -283,7 +285,7 @@ def run_unscaled(
     if t.step is not None:
         t.step.add_(1)
     keep = None if batch.decay is None else keep_of(pipeline, t, batch.decay)
-    return batch.update, factor_of(pipeline, batch), keep
+    return batch.direction, factors_of(batch), keep
 
 
 def run(pipeline: Pipeline, t: Tensors, masked: bool) -> tuple[Tensor, Tensor | None]:
@@ -298,10 +300,9 @@ def run(pipeline: Pipeline, t: Tensors, masked: bool) -> tuple[Tensor, Tensor | 
     """
     ok = finite_mask(t.grad) if masked else None
     batch = make_batch(t, ok)
-    factor = factor_of(pipeline, batch)
-    for stage in pipeline.working:
+    for stage in pipeline.stages:
         batch = stage(batch)
-    update = batch.update * factor
+    update = signed(batch)
     decay = batch.decay
     if decay is not None or ok is not None:
         decay = keep_of(pipeline, t, decay)
@@ -339,17 +340,28 @@ def _compiled(step: Callable[..., Any], flat: list[Tensor]) -> tuple[fx.GraphMod
         return graph, compile_fx(graph, flat)
 
 
-class CompiledStep:
-    """``run`` for one signature, traced and compiled; call it with the same ``Tensors`` layout."""
+def run_stages(stages: tuple[Stage, ...], t: Tensors) -> tuple[Tensor, Tensor | None]:
+    """``(update, decay)`` of some of a pipeline's stages; rewrites ``t.state``, not ``t.step``."""
+    batch = make_batch(t)
+    for stage in stages:
+        batch = stage(batch)
+    for key, old in t.state.items():
+        old.copy_(batch.state[key].to(old.dtype))
+    return batch.update, batch.decay
 
-    def __init__(self, pipeline: Pipeline, example: Tensors, masked: bool) -> None:
+
+class CompiledStep:
+    """A function of :class:`Tensors` like :func:`run`, for one signature, traced and compiled."""
+
+    def __init__(
+        self, function: Callable[[Tensors], tuple[Tensor, Tensor | None]], example: Tensors
+    ) -> None:
         began = time.perf_counter()
         flat, self.layout = example.flatten()
         layout = self.layout
 
         def traced(*args: Tensor) -> tuple[Tensor, ...]:
-            t = Tensors.unflatten(args, layout)
-            update, decay = run(pipeline, t, masked)
+            update, decay = function(Tensors.unflatten(args, layout))
             return (update,) if decay is None else (update, decay)
 
         with torch.no_grad():
@@ -362,6 +374,13 @@ class CompiledStep:
         return out[0], (out[1] if len(out) > 1 else None)
 
 
+def _meta(t: Tensors) -> tuple[Any, ...]:
+    """What a graph depends on but its function."""
+    flat, layout = t.flatten()
+    meta = tuple((x.shape, x.stride(), x.dtype, x.device) for x in flat)
+    return layout, meta, kernel_products.policy()
+
+
 class CompileCache:
     """Compiled steps by signature, least recently used dropped; shared by a process's optimizers."""
 
@@ -372,10 +391,14 @@ class CompileCache:
 
     def get(self, pipeline: Pipeline, t: Tensors, masked: bool) -> CompiledStep:
         """The whole step of one bucket."""
-        flat, layout = t.flatten()
-        meta = tuple((x.shape, x.stride(), x.dtype, x.device) for x in flat)
-        key = (pipeline, layout, meta, masked, kernel_products.policy())
-        return self.fetch(key, lambda: CompiledStep(pipeline, t, masked))
+        key = (pipeline, masked, *_meta(t))
+        return self.fetch(key, lambda: CompiledStep(lambda x: run(pipeline, x, masked), t))
+
+    def stages(self, stages: tuple[Stage, ...], t: Tensors) -> CompiledStep:
+        """Some of a pipeline's stages."""
+        return self.fetch(
+            (stages, *_meta(t)), lambda: CompiledStep(lambda x: run_stages(stages, x), t)
+        )
 
     def fetch(self, key: Any, make: Callable[[], Any]) -> Any:
         """What ``make`` made for ``key``: it has ``seconds``, what compiling took."""

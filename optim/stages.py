@@ -40,7 +40,8 @@ class Batch:
     """What flows through the stages; ``B`` matrices of one shape ``[r, c]``.
 
     Attributes:
-        update: ``[B, r, c]``, the direction so far (descent is ``-update``); starts as the gradient.
+        direction: ``[B, r, c]``, with ``factors`` the update so far (descent is its negative); starts
+            as the gradient.
         grad: ``[B, r, c]``, the gradient, in the computing dtype.
         param: ``[B, r, c]`` if a stage reads parameters, else None.
         state: name to ``[B, *spec.shape]``, in the computing dtype.
@@ -48,9 +49,11 @@ class Batch:
         constants: name to ``[B, 1, 1]``: per-matrix numbers fixed by the original shape.
         step: ``[B, 1, 1]``, number of this step from 1, if a stage counts steps.
         decay: ``[B, 1, 1]`` multiplier of the weight decay of each matrix, None for 1.
+        factors: numbers, ``[B, 1, 1]``, ``[B, r, 1]`` or ``[B, 1, c]`` that multiply ``direction``. The
+            last ones are multiplied where the parameter is updated: a scaling costs no pass over memory.
     """
 
-    update: Tensor
+    direction: Tensor
     grad: Tensor
     param: Tensor | None
     state: Mapping[str, Tensor]
@@ -58,10 +61,23 @@ class Batch:
     constants: Mapping[str, Tensor]
     step: Tensor | None = None
     decay: Tensor | None = None
+    factors: tuple[Tensor | float, ...] = ()
+
+    @property
+    def update(self) -> Tensor:
+        """``[B, r, c]``, the direction with its factors multiplied."""
+        out = self.direction
+        for factor in self.factors:
+            out = out * factor
+        return out
 
     def with_(self, update: Tensor, **state: Tensor) -> Batch:
         """This batch with a new update and the named states replaced."""
-        return replace(self, update=update, state={**self.state, **state})
+        return replace(self, direction=update, factors=(), state={**self.state, **state})
+
+    def scaled(self, *factors: Tensor | float) -> Batch:
+        """This batch with its update multiplied by numbers, ``[B, 1, 1]`` or line factors."""
+        return replace(self, factors=(*self.factors, *factors))
 
 
 @dataclass(frozen=True)
@@ -167,8 +183,8 @@ class UnitFrobenius(Stage):
     transposable: ClassVar[bool] = True
 
     def __call__(self, batch: Batch) -> Batch:
-        norm = frobenius(batch.update)
-        return batch.with_(batch.update * safe_inverse(norm, self.eps))
+        u = batch.update
+        return batch.with_(u).scaled(safe_inverse(frobenius(u), self.eps))
 
 
 @dataclass(frozen=True)
@@ -183,7 +199,7 @@ class DivideByCosh(Stage):
         u = batch.update
         # cosh(x)² = (1 + cosh 2x)/2 = 1 + sinh²x; the second form keeps q-1 ~ 1/(2N) exact
         excess = torch.sinh(self.factor * u).square().mean((-2, -1), keepdim=True)
-        return batch.with_(u / (torch.sqrt(1 + excess) + self.eps))
+        return batch.with_(u).scaled(1 / (torch.sqrt(1 + excess) + self.eps))
 
 
 @dataclass(frozen=True)
@@ -195,8 +211,9 @@ class NormalizeLines(Stage):
 
     def __call__(self, batch: Batch) -> Batch:
         u = batch.update
-        rms = u.square().mean(self.dim, keepdim=True).sqrt()
-        return batch.with_(u / rms.clamp(min=self.eps))
+        # a norm, not a mean of squares: eager, it needs no matrix of squares
+        rms = torch.linalg.vector_norm(u, dim=self.dim, keepdim=True) / math.sqrt(u.shape[self.dim])
+        return batch.with_(u).scaled(1 / rms.clamp(min=self.eps))
 
 
 @dataclass(frozen=True)
@@ -204,14 +221,16 @@ class Sinkhorn(Stage):
     """Alternate row and column RMS normalization, ``iterations`` times, ending with columns.
 
     The matrix is kept as ``diag(r)·G·diag(c)``: an iteration only reads ``G²``, once (on CPUs; its two
-    halves are matrix–vector products on block rows), and the result is written once.
+    halves are matrix–vector products on block rows), and the factors are multiplied where the parameter
+    is updated: nothing but the parameter is written.
     """
 
     iterations: int = 5
     eps: float = 1e-8
 
     def __call__(self, batch: Batch) -> Batch:
-        return batch.with_(_sinkhorn(batch.update, self.iterations, self.eps))
+        u = batch.update
+        return batch.with_(u).scaled(*sinkhorn_factors(u, self.iterations, self.eps))
 
 
 #: Rows of a sweep that stay in cache between its two halves.
@@ -220,42 +239,43 @@ _SWEEP_BYTES = 2**20
 
 # An operator of its own: unrolled into a graph, its sweeps take a compiler minutes, and what it would
 # gain is small, because they only read.
-@torch.library.custom_op("normfuse_optim::sinkhorn", mutates_args=())
-def _sinkhorn(u: Tensor, iterations: int, eps: float) -> Tensor:
-    """``diag(r)·u·diag(c)`` with row and column RMS 1, for ``u`` of shape ``[B, r, c]``."""
+@torch.library.custom_op("normfuse_optim::sinkhorn_factors", mutates_args=())
+def sinkhorn_factors(u: Tensor, iterations: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``(s, r, c)``, ``[B, 1, 1]``, ``[B, r, 1]`` and ``[B, 1, c]``, for which ``u·s·r·c`` has row and
+    column RMS 1."""
     rows, cols = u.shape[-2:]
 
-    def gain(norm: Tensor, length: int) -> Tensor:
-        # a zero line keeps its factor: growing it every iteration would end in inf·0
-        return torch.where(norm > 0, math.sqrt(length) / norm.clamp(min=eps), 1.0)
+    def renewed(old: Tensor, sums: Tensor, length: int) -> Tensor:
+        # squares of factors, from the lines' sums of squares without them; a zero line keeps its own:
+        # growing it every iteration would end in inf·0
+        return torch.where(sums > 0, length / sums.maximum(eps * eps / old), old)
 
     size = rows
     if u.device.type == "cpu":
         size = max(1, _SWEEP_BYTES // (u.shape[0] * cols * u.itemsize))
-    square, out = scratch("square", u.shape, u), u.new_empty(u.shape)
+    square = scratch("square", u.shape, u)
     r = torch.ones_like(u[..., :1], memory_format=torch.contiguous_format)
     c = torch.ones_like(u[..., :1, :], memory_format=torch.contiguous_format)
-    blocks = list(zip(*(x.split(size, -2) for x in (u, square, r, out)), strict=True))
+    blocks = list(zip(*(x.split(size, -2) for x in (u, square, r)), strict=True))
     # Entries spread over many orders of magnitude: squares are taken of u/max|u|.
     peaks = [source.abs().amax((-2, -1), keepdim=True) for source, *_ in blocks]
     scale = safe_inverse(torch.cat(peaks, -1).amax(-1, keepdim=True))
-    for source, block, _, _ in blocks:
+    for source, block, _ in blocks:
         torch.mul(source, scale, out=block).square_()
     for _ in range(iterations):
         # a row's factor needs that row only, so one read of the matrix serves both halves
-        weights, sums = c.square().mT, torch.zeros_like(c)
-        for _, block, part, _ in blocks:
-            part.mul_(gain(part * torch.matmul(block, weights).sqrt(), cols))
-            sums += torch.matmul(part.square().mT, block)
-        c = c * gain(c * sums.sqrt(), rows)
-    for source, _, part, into in blocks:
-        torch.mul(source, scale, out=into).mul_(part).mul_(c)
-    return out
+        weights, sums = c.mT, torch.zeros_like(c)
+        for _, block, part in blocks:
+            part.copy_(renewed(part, torch.matmul(block, weights), cols))
+            sums += torch.matmul(part.mT, block)
+        c = renewed(c, sums, rows)
+    return scale, r.sqrt(), c.sqrt()
 
 
-@_sinkhorn.register_fake
+@sinkhorn_factors.register_fake
 def _(u, iterations, eps):  # type: ignore[no-untyped-def]
-    return torch.empty_like(u, memory_format=torch.contiguous_format)
+    r, c = u[..., :1], u[..., :1, :]
+    return c[..., :1].new_empty((u.shape[0], 1, 1)), r.new_empty(r.shape), c.new_empty(c.shape)
 
 
 @dataclass(frozen=True)
@@ -341,7 +361,7 @@ class NormalizeSecondMoment(Stage):
             restore = before / (after + self.eps)
         else:
             restore = 0.2 * math.sqrt(o.shape[-2] * o.shape[-1]) * safe_inverse(after)
-        return batch.with_(o * (s * restore), second_momentum_buffer=v)
+        return batch.with_(o, second_momentum_buffer=v).scaled(s * restore)
 
 
 # -- scale -----------------------------------------------------------------------------------------
@@ -369,15 +389,9 @@ class Scale(Stage):
             return {}
         return {f"scale_{self.rule}": self.factor * SCALE_RULES[self.rule](rows, cols)}
 
-    def factors(self, batch: Batch) -> Tensor | float:
-        """What the update is multiplied by: ``[B, 1, 1]`` or a number."""
-        return self.factor if self.rule == "none" else batch.constants[f"scale_{self.rule}"]
-
     def __call__(self, batch: Batch) -> Batch:
-        factor = self.factors(batch)
-        if isinstance(factor, float) and factor == 1.0:
-            return batch
-        return batch.with_(batch.update * factor)
+        factor = self.factor if self.rule == "none" else batch.constants[f"scale_{self.rule}"]
+        return batch if isinstance(factor, float) and factor == 1.0 else batch.scaled(factor)
 
 
 @dataclass(frozen=True)
@@ -401,7 +415,7 @@ class UnitSpectral(Stage):
             v = v * safe_inverse(v.norm(dim=-2, keepdim=True))
             v = gram @ v
         top = v.norm(dim=-2, keepdim=True).sqrt()
-        return batch.with_(u * (safe_inverse(norm) * safe_inverse(top)))
+        return batch.with_(u).scaled(safe_inverse(norm), safe_inverse(top))
 
 
 @dataclass(frozen=True)
@@ -414,7 +428,7 @@ class UnitRMS(Stage):
     def __call__(self, batch: Batch) -> Batch:
         u = batch.update
         size = math.sqrt(u.shape[-2] * u.shape[-1])
-        return batch.with_(u * (safe_inverse(frobenius(u)) * (self.target * size)))
+        return batch.with_(u).scaled(safe_inverse(frobenius(u)), self.target * size)
 
 
 # -- helpers ---------------------------------------------------------------------------------------

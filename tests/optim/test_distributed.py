@@ -1,5 +1,6 @@
 """Sharded steps in 2 and 4 gloo processes against one process; checkpoints across world sizes."""
 
+import copy
 import os
 import signal
 import tempfile
@@ -61,6 +62,7 @@ def worker(rank, world, folder):
 
 
 def check(world, folder):
+    import torch._inductor.config
     import torch.distributed.checkpoint as dcp
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -88,29 +90,82 @@ def check(world, folder):
             for p, w in zip(ps, want, strict=True):
                 torch.testing.assert_close(p.detach().full_tensor(), w, rtol=1e-8, atol=1e-8)
 
-    # a fused matrix in equal parts: each is a matrix, wherever the shards end
+    # a fused matrix: each part is a matrix, wherever the shards end
+    cases = [
+        ("Muon", (12, 6), 3, "matrix"),
+        ("NorMuon", (12, 6), 3, "matrix"),
+        ("NorMuon", (12, 6), [7, 4, 1], "matrix"),
+        ("Muon", (12, 6), (1, [4, 2]), "matrix"),
+        ("Conda", (12, 6), [7, 5], "matrix"),
+        ("NorMuon", (9, 4, 3, 2), (1, [3, 1]), "flatten"),
+        ("SinkGD", (3, 8, 6), (1, [5, 3]), "batch"),
+        ("NorMuon", (3, 8, 6), (-1, [2, 4]), "batch"),
+    ]
     g = torch.Generator().manual_seed(3)
-    fused, *grads = (torch.randn(12, 6, generator=g, dtype=torch.float64) for _ in range(4))
-    for name in ("Muon", "NorMuon"):
+    for name, shape, split, view in cases:
+        fused, *grads = (torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(4))
+        kw = {"lr": 0.05, "weight_decay": 0.1} | ({"gap": 2} if name == "Conda" else {})
         want = nn.Parameter(fused.clone())
-        group = {"params": [want], "split": 3}
-        alone = getattr(optim, name)([group], lr=0.05, weight_decay=0.1)
+        alone = getattr(optim, name)([{"params": [want], "split": split, "view": view}], **kw)
         for grad in grads:
             want.grad = grad
             alone.step()
         for where in ([Shard(0)], [Shard(1)], [Replicate()]):
             p = nn.Parameter(distribute_tensor(fused, line, where))
-            opt = getattr(optim, name)([{"params": [p], "split": 3}], lr=0.05, weight_decay=0.1)
-            for grad in grads:
+            opt = getattr(optim, name)([{"params": [p], "split": split, "view": view}], **kw)
+            for i, grad in enumerate(grads):
+                if i == 1:  # states of parts, saved and loaded
+                    saved = copy.deepcopy(opt.state_dict())
+                    opt = getattr(optim, name)(
+                        [{"params": [p], "split": split, "view": view}], **kw
+                    )
+                    opt.load_state_dict(saved)
                 p.grad = distribute_tensor(grad, line, where)
                 opt.step()
             torch.testing.assert_close(p.detach().full_tensor(), want, rtol=1e-8, atol=1e-8)
     p = nn.Parameter(distribute_tensor(fused, line, [Shard(0)]))
-    for split in ([8, 4], (1, [3, 3])):
-        with pytest.raises(ValueError, match="equal parts along dimension 0"):
-            optim.Muon([{"params": [p], "split": split}])
-    with pytest.raises(ValueError, match="block_period=1"):
-        optim.Muon([{"params": [p], "split": 3}], block_period=5)
+    for split, view, period, message in (
+        (3, "flatten", 5, "block_period=1"),
+        ([2, 1], "flatten", 5, "block_period=1"),
+        ([2, 1], "batch", 1, "w is a DTensor whose split .* counts its matrices"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            group = {"params": [("w", p)], "split": split, "view": view}
+            optim.Muon([group], block_period=period)
+
+    # what cannot be traced is said by name, and stepped as it was
+    q = nn.Parameter(distribute_tensor(fused, line, [Shard(0)]))
+    q.grad = q.detach().clone()
+    traced = optim.compile(torch.optim.SGD([("w", q)], 0.5), strict=True)
+    with pytest.raises(optim.trace.TraceRefused, match=r"w is a DTensor.*members"):
+        traced.step()
+    with pytest.warns(UserWarning, match="w is a DTensor"):
+        optim.compile(torch.optim.SGD([("w", q)], 0.5)).step()
+    torch.testing.assert_close(q.detach().full_tensor(), fused / 2)
+
+    # wrappers
+    q = nn.Parameter(distribute_tensor(fused, line, [Shard(0)]))
+    norm = fused.norm()
+    inner = optim.Muon([{"params": [q], "view": "batch"}], lr=0.5, weight_decay=0.0)
+    for opt in (optim.NormalizeAndProject(inner), optim.CautiousWeightDecay(inner, 0.1)):
+        q.grad = distribute_tensor(fused, line, [Shard(0)])
+        opt.step()
+        if isinstance(opt, optim.NormalizeAndProject):
+            torch.testing.assert_close(q.detach().full_tensor().norm(), norm)
+
+    # compiled: the local stages are one graph, those on whole matrices another
+    if world == 2:
+        from normfuse.optim.pipeline import COMPILED
+
+        torch._inductor.config.compile_threads = 1  # no pool of workers in each process
+        ps, opt = make("NorMuon", [distribute_tensor(v, line, [Shard(0)]) for v in parameters()])
+        opt._options["compile"] = True
+        train(ps, opt, line, [Shard(0)], range(4))
+        for p, w in zip(ps, reference("NorMuon", 4), strict=True):
+            torch.testing.assert_close(p.detach().full_tensor(), w, rtol=1e-8, atol=1e-8)
+        assert (
+            1 <= COMPILED.misses <= 3
+        )  # momentum; AdamW; whole matrices, where this rank has some
 
     # a non-finite shard on one rank skips the matrix on all
     mesh, where = line, [Shard(0)]
