@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from ..passes.modes import evaluating
+
 #: role → (what it is called in the printed table, goes to the matrix algorithm)
 ROLES = {
     "hidden": ("hidden matrices", True),
@@ -105,18 +107,15 @@ class _Watch(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def observing(model: nn.Module) -> Iterator[None]:
     """Every module in eval mode, and back in its own; attention written out, not one operator that
     hides its products and has no forward-mode derivative."""
-    modes = [(m, m.training) for m in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    model.eval()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
@@ -125,7 +124,7 @@ def _observe(
 ) -> tuple[dict[str, set[str]], str | None, str | None]:
     """``(uses by name, head, first product fed by the raw input)``; head None if none stands out."""
     inputs = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
-    with evaluating(model), torch.no_grad(), _Watch(params, inputs) as watch:
+    with observing(model), torch.no_grad(), _Watch(params, inputs) as watch:
         out = model(*args, **kwargs)
     leaves = [t for t in tree_flatten(_plain(out))[0] if isinstance(t, Tensor)]
     # caches and attention maps also come back; the head feeds the first output and the logits

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from .decay import opmath
 from .delegate import Delegate
-from .groups import evaluating
+from .groups import observing
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
@@ -178,7 +178,7 @@ class SafeStep(Delegate):
             out = torch.func.functional_call(self.model, params, tuple(args))
             return out.logits if hasattr(out, "logits") else out
 
-        with evaluating(self.model):
+        with observing(self.model):
             if self.method == "jvp":
                 with sdpa_kernel(SDPBackend.MATH):  # the others have no forward-mode derivative
                     return torch.func.jvp(logits, (at,), (along,))[1]

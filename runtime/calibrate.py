@@ -6,10 +6,9 @@ called twice get one entry per call. One forward per batch, bounded memory, floa
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from ..passes import ir
 from ..passes.autocast import ambient, disabled
 from ..passes.capture import capture
 from ..passes.errors import NormfuseError
+from ..passes.modes import evaluating
 from .calibration import Calibration, Entry
 from .probes import (
     Probe,
@@ -125,21 +125,6 @@ class _Run:
         self.calibration.batches += 1
 
 
-@contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Eval mode inside (no dropout, frozen running statistics), every module's own mode after."""
-    if not isinstance(model, nn.Module):
-        yield
-        return
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def _is_captured(model: Any) -> bool:
     """True for what ``passes.capture`` returns: rewritten graphs are watched as they are."""
     return isinstance(model, fx.GraphModule) and all(
@@ -198,9 +183,10 @@ def calibrate(
     run = _Run(calibration, min_keys)
     graphs: list[_Watched] = []
     structure: pytree.TreeSpec | None = None
+    own = evaluating(model) if isinstance(model, nn.Module) else nullcontext()
     total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
     seen = 0
-    with _evaluating(model), torch.no_grad():
+    with own, torch.no_grad():
         for batch in _bar(batches, total, progress):
             args, kwargs = _call_of(batch)
             flat, spec = pytree.tree_flatten((args, kwargs))
