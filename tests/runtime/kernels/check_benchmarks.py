@@ -102,10 +102,38 @@ def test_table():
     assert "**wrong**" in lines[4]
 
 
-def test_verdicts():
-    (kind, found), *rest = kernels.verdicts(list(rows())).items()
-    assert kind == "rms_norm" and not rest
-    assert found["lowest"] == pytest.approx(0.5) and found["mean"] == pytest.approx(1.0)
+def test_targets():
+    def row(name, ours, floor=1e-6, **peers):
+        seconds = {"ours": ours, **{k.replace("_", "-"): v for k, v in peers.items()}}
+        return {"name": name, "seconds": seconds, "floor": floor}
+
+    found = kernels.targets(
+        [
+            row("rms_norm 4096×8", 2e-6, floor=1.9e-6),
+            row("row_rstd 9000×8", 2e-6, floor=1.8e-6),
+            row("rms_norm 64×8", 2e-6),
+            row("rms_norm, forward and backward 4096×8", 2e-6),
+            row("rms_norm + linear 64×8×8", 1.0, max_autotune=1.2),
+            row("rms_norm + gated pair 8×8×8", 1.0, max_autotune=1.0),
+            row("layer_norm + linear 2048×8×8", 1.0, max_autotune=0.98),
+            row("rms_norm + linear 256×8×8", 1.0, max_autotune=0.1),
+            row("rms_norm + linear 8192×8×8", 1.0),
+            row("gated_rms_norm 8×8 rank 16", 1.0, max_autotune=3.0),
+        ]
+    )
+    norms, few, many, gates = found.values()
+    assert norms["lowest"] == pytest.approx(0.9) and norms["mean"] > 0.9
+    assert few["lowest"] == 1.0 and not few["met"]
+    assert many["lowest"] == pytest.approx(0.98) and many["met"] and gates["met"]
+    assert kernels.targets([row("rms_norm 4096×8", 1.0)]).keys() == {next(iter(kernels.TARGETS))}
+
+
+def test_every_target_has_rows():
+    names = [c.name for c in kernels.norm_cases(4096, 40, CPU, BF16, 132)]
+    names += [c.name for m in (8, 2048) for c in kernels.product_cases(m, 32, 48, CPU, BF16, 132)]
+    found = {kernels.kind_and_rows(name) for name in names}
+    for kinds, (low, high), _, _ in kernels.TARGETS.values():
+        assert all(any(k == kind and low <= m <= high for k, m in found) for kind in kinds)
 
 
 TINY = [
@@ -227,6 +255,7 @@ def test_kernels_from_end_to_end(no_gpu_needed):
         *("norm", "add_norm", "row_rstd", "gated_norm", "norm_linear", "norm_linear pair")
     }
     assert len(autotune_cache.load(CPU)) > len(kept)
+    assert all(not t["met"] for t in result["targets"].values())
 
 
 def test_a_kernel_that_fails_is_named_and_the_others_go_on(no_gpu_needed, monkeypatch):

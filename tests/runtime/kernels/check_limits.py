@@ -119,6 +119,23 @@ def test_gradients_at_offsets_beyond_32_bits(sparse):
 
 
 @pytest.mark.parametrize("name", ["norm", "add_norm", "norm_linear", "gated_norm"])
+def test_normalized_rows_are_not_kept_for_backward(name):
+    """Inputs, the residual sum (which is a result), and what is small beside a row."""
+    x, kept = randn(40, 300).requires_grad_(), []
+
+    def keep(t):
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = OPS[name](x)
+    known = {t.data_ptr() for t in (x, *(out[1:2] if name == "add_norm" else ()))}
+    assert any(t.data_ptr() in known for t in kept)
+    large = [t.shape for t in kept if t.shape[:1] == x.shape[:1] and t.data_ptr() not in known]
+    assert all(shape[1:].numel() <= 4 for shape in large), large
+
+
+@pytest.mark.parametrize("name", ["norm", "add_norm", "norm_linear", "gated_norm"])
 @pytest.mark.parametrize("linear_loss", [True, False])
 def test_second_derivatives_are_refused(name, linear_loss):
     """Not wrong, not zero; a graph of gradients that nobody differentiates is fine."""
