@@ -3,8 +3,11 @@
 import pytest
 import torch
 from normfuse import optim
-from normfuse.optim import buckets, pipeline
+from normfuse.optim import buckets, pipeline, stages
+from normfuse.optim.base import Algorithm, MatrixOptimizer
 from normfuse.optim.decay import add_decayed
+from normfuse.optim.pipeline import Pipeline
+from torch.utils._python_dispatch import TorchDispatchMode
 
 BIG = (96, 3000)
 
@@ -53,7 +56,7 @@ def test_pieces_do_the_same(cls, entries, dtype, monkeypatch):
     torch.testing.assert_close(mine, theirs, **close)
 
 
-def stacks(p):
+def stacked(p):
     return p.view(2, *BIG).contiguous()
 
 
@@ -61,7 +64,7 @@ def stacks(p):
     "shape, layout, view",
     [
         (BIG, lambda p: p.t().contiguous().t(), "matrix"),
-        ((2 * BIG[0], BIG[1]), stacks, "batch"),
+        ((2 * BIG[0], BIG[1]), stacked, "batch"),
         ((5, 3), None, "matrix"),
     ],
 )
@@ -138,3 +141,80 @@ def test_compiled_graphs_fuse_the_elementwise_part():
     before = text[: text.index("normfuse_optim.orthogonalize")]
     body = before[before.rindex("def call") :]
     assert body.count("cpp_fused") == 1, body
+
+
+class Traffic(TorchDispatchMode):
+    """Entries read from and written to each of some tensors (views of them included), by storage, and
+    how many operators made another tensor of that size."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.names = {t.untyped_storage()._cdata: name for name, t in tensors.items()}
+        self.size = next(iter(tensors.values())).numel()
+        self.read = dict.fromkeys(tensors, 0)
+        self.written = dict.fromkeys(tensors, 0)
+        self.made = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        views = [a.alias_info for a in func._schema.arguments]
+        if any(v is not None and not v.is_write for v in views):
+            return out  # a view moves nothing
+        if "new_" in func._schema.name or "_like" in func._schema.name:
+            self.made += out.numel() >= self.size
+            return out  # reads a shape
+        given = [*args, *(kwargs or {}).values()]
+        for spec, value in zip(func._schema.arguments, args, strict=False):
+            self.count(self.read, value if not spec.is_out else None)
+            self.count(self.written, value if spec.is_write else None)
+        for key, value in (kwargs or {}).items():
+            self.count(self.written if key == "out" else self.read, value)
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor) and not any(t is g for g in given):
+                self.made += t.numel() >= self.size
+        return out
+
+    def count(self, table, value):
+        if isinstance(value, torch.Tensor):
+            name = self.names.get(value.untyped_storage()._cdata)
+            if name is not None:
+                table[name] += value.numel()
+
+
+@pytest.mark.parametrize(
+    "label,stage,grad_reads",
+    [
+        ("norms of its lines, update", stages.NormalizeSecondMoment(), 2),
+        ("norms of its lines, update", stages.NormalizeLines(), 2),
+        ("largest entry, squares, update", stages.Sinkhorn(), 3),
+        ("norm, update", stages.UnitRMS(), 2),
+    ],
+)
+def test_passes_of_a_tail(label, stage, grad_reads, monkeypatch):
+    """The parameter is read and written once, what is scaled is never written, only read this often."""
+    made = Algorithm(
+        "tail",
+        lambda group: Pipeline((stage, stages.Scale("original")), ("beta2",)),
+        {"lr": 0.1, "weight_decay": 0.1, "beta2": 0.9},
+    )
+    monkeypatch.setattr(buckets, "CACHE_BYTES", 1)
+    monkeypatch.setattr(buckets, "PIECE", 10_007)
+    monkeypatch.setattr(stages, "_SWEEP_BYTES", 2**16)
+    # the operator's own function: a mode sees an operator, not what runs in it
+    monkeypatch.setattr(stages, "sinkhorn_factors", stages.sinkhorn_factors._init_fn)
+
+    class Tail(MatrixOptimizer):
+        algorithm = made
+
+        def __init__(self, params):
+            super().__init__(params, {}, non_finite="propagate")
+
+    p = torch.nn.Parameter(torch.randn(BIG))
+    opt = Tail([p])
+    p.grad = torch.randn(BIG)
+    with Traffic({"param": p.detach(), "grad": p.grad}) as traffic:
+        opt.step()
+    n = p.numel()
+    assert traffic.read == {"param": n, "grad": grad_reads * n}, label
+    assert traffic.written == {"param": n, "grad": 0}
+    assert traffic.made == (1 if isinstance(stage, stages.Sinkhorn) else 0)  # the squares
