@@ -18,8 +18,9 @@ from torch import fx
 from . import ir
 from .axis import Axis, channel_scale, dropout_is_active, is_dropout, operands
 from .errors import Refuse
-from .linear import WeightBuilder, is_weight, match_features, match_linear
+from .linear import is_weight, match_features, match_linear
 from .readers import feature_axis, keeps_shift
+from .weight_builder import WeightBuilder
 
 aten = torch.ops.aten
 nf = torch.ops.normfuse

@@ -28,7 +28,8 @@ from .axis import (
     users,
 )
 from .errors import Refuse
-from .linear import Linear, WeightBuilder, is_weight, leaf_of, match_features, table_user
+from .linear import Linear, is_weight, leaf_of, match_features, table_user
+from .weight_builder import WeightBuilder
 
 aten = torch.ops.aten
 

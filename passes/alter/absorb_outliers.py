@@ -27,9 +27,10 @@ from ..capture import set_attribute
 from ..errors import NormfuseError, Refuse
 from ..exact.fold_affine import foldable_value
 from ..exposure import weight_value
-from ..linear import WeightBuilder, linear_names, set_args
+from ..linear import linear_names, set_args
 from ..manager import Context, Pass, PassResult, register
 from ..readers import Reading, check_readers, feature_axis
+from ..weight_builder import WeightBuilder
 
 aten = torch.ops.aten
 nf = torch.ops.normfuse

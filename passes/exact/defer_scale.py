@@ -16,9 +16,9 @@ from torch import fx
 from .. import cost, ir
 from ..axis import Axis, dropout_is_active, is_dropout, result_axis
 from ..errors import Refuse
-from ..linear import WeightBuilder
 from ..manager import Context, Pass, PassResult, register
 from ..readers import Reading, check_readers
+from ..weight_builder import WeightBuilder
 
 if TYPE_CHECKING:
     import sympy

@@ -15,9 +15,10 @@ from torch import fx
 from .. import cost, ir
 from ..errors import Refuse
 from ..exposure import Exposed, hidden_channels, sentence
-from ..linear import WeightBuilder, is_weight, set_args
+from ..linear import is_weight, set_args
 from ..manager import Context, Pass, PassResult, register
 from ..readers import check_readers, feature_axis, fold_into_readers
+from ..weight_builder import WeightBuilder
 
 if TYPE_CHECKING:
     import sympy

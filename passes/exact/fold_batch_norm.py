@@ -19,8 +19,9 @@ from torch import fx
 
 from .. import cost, ir
 from ..errors import Refuse
-from ..linear import Linear, WeightBuilder, match_linear, named_args
+from ..linear import Linear, match_linear, named_args
 from ..manager import Context, Pass, PassResult, register
+from ..weight_builder import WeightBuilder
 
 if TYPE_CHECKING:
     import sympy

@@ -17,16 +17,10 @@ from torch import fx
 
 from .. import cost, ir
 from ..errors import Refuse
-from ..linear import (
-    Linear,
-    WeightBuilder,
-    is_weight,
-    match_linear,
-    named_args,
-    table_user,
-)
+from ..linear import Linear, is_weight, match_linear, named_args, table_user
 from ..manager import Context, Pass, PassResult, register
 from ..report import Site
+from ..weight_builder import WeightBuilder
 
 if TYPE_CHECKING:
     import sympy

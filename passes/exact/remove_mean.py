@@ -24,9 +24,10 @@ from torch import fx
 from .. import cost, ir
 from ..axis import SPLITS, Axis, channel_scale, is_dropout, users
 from ..errors import Refuse
-from ..linear import WeightBuilder, is_weight, match_linear
+from ..linear import is_weight, match_linear
 from ..manager import Context, Pass, PassResult, register
 from ..residual import Reader, Stream, Writer, iter_norms, streams
+from ..weight_builder import WeightBuilder
 from ..zero_mean import centered_writers, linear_out_axis
 
 if TYPE_CHECKING:

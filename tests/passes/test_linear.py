@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from normfuse import passes
 from normfuse.passes import Context, ir
 from normfuse.passes.axis import Axis
-from normfuse.passes.linear import WeightBuilder, leaf_of, match_linear, set_args, table_user
+from normfuse.passes.linear import leaf_of, match_linear, set_args, table_user
 from normfuse.passes.readers import follow_readers
+from normfuse.passes.weight_builder import WeightBuilder
 from torch import nn
 
 aten, nf = torch.ops.aten, torch.ops.normfuse
