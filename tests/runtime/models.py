@@ -66,3 +66,23 @@ def wrong_recognition(gm):
         node.args = tuple(0.5 if isinstance(a, float) else a for a in node.args)
         node.kwargs = {k: 0.5 if k == "eps" else v for k, v in node.kwargs.items()}
     return sites
+
+
+class Mixed(nn.Module):
+    """Something of everything whose state may change behind a captured graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.a2 = nn.Linear(8, 8, bias=False)
+        self.a2.weight = self.a.weight
+        self.batch, self.drop = nn.BatchNorm1d(8), nn.Dropout(0.5)
+
+    def forward(self, x, negate=False):
+        y = self.b(self.drop(self.batch(self.a(self.norm(x)) + self.a2(x))))
+        return -y if negate else y
+
+
+def logits(m, *args, **kwargs):
+    with torch.no_grad():
+        return m(*args, **kwargs)["logits"]
