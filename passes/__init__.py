@@ -8,6 +8,7 @@ from typing import Any
 
 from . import ops as ops
 from .capture import capture as capture
+from .contract import Context, Pass, PassResult, register
 from .errors import (
     CaptureError,
     NormfuseError,
@@ -16,7 +17,7 @@ from .errors import (
     SpecError,
     VerificationError,
 )
-from .manager import Context, Pass, PassManager, PassResult, register, registry
+from .manager import PassManager, registry
 from .report import Report, Site
 
 __all__ = [

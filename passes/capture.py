@@ -28,12 +28,12 @@ from .einsum import einsum_to_linear
 from .errors import CaptureError
 from .functionalize import functionalize
 from .inline import inline_regions
-from .manager import Snapshot
 from .opaque import opaque_sites
 from .paths import clean_path, user_frame
 from .python_state import ChangesState, Watch, refuse_state
 from .recorded import read_marks, recorded_checkpoints, recorded_functions
 from .report import Site
+from .snapshot import Snapshot
 from .subgraphs import Region, Retrace
 
 aten = torch.ops.aten

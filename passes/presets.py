@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from .contract import Pass
 from .errors import NormfuseError
-from .manager import Pass, instantiate, registry
+from .manager import instantiate, registry
 from .rotation import gaps
 
 #: Order matters: affines fold first, means go next, then the row scale moves, then linears merge.

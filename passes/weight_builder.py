@@ -15,7 +15,7 @@ from . import ir
 from .linear import Linear
 
 if TYPE_CHECKING:
-    from .manager import Context
+    from .contract import Context
 
 aten = torch.ops.aten
 

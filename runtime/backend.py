@@ -25,12 +25,14 @@ from torch._guards import TracingContext
 from ..passes import ir
 from ..passes.autocast import ambient, disabled, restore
 from ..passes.capture import capture_fx, finish, mark_dynamo_leaves
+from ..passes.contract import Context
 from ..passes.errors import NormfuseError, Unsupported, VerificationError
 from ..passes.func_transforms import release
-from ..passes.manager import Context, PassManager, copy_graph
+from ..passes.manager import PassManager
 from ..passes.paths import user_frame
 from ..passes.presets import resolve
 from ..passes.report import Report
+from ..passes.snapshot import copy_graph
 from ..passes.subgraphs import dissolve, emit_dynamo, outline
 from ..passes.verify import check_recognition, check_working
 from ..passes.weights import WeightCache, keep_nonfinite, mark_recompute, split
@@ -138,7 +140,10 @@ def inductor(gm: fx.GraphModule, inputs: Sequence[Any], settings: Options) -> Ca
     """Plain Inductor with the user's options."""
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: Any = compile_fx(gm, list(inputs), config_patches=dict(settings.inductor))
+    with contextlib.ExitStack() as stack:
+        if any(getattr(n.target, "namespace", "") == "normfuse" for n in gm.graph.nodes):
+            stack.enter_context(_cache_key(source_hash()))  # formulas are no part of the key
+        compiled: Any = compile_fx(gm, list(inputs), config_patches=dict(settings.inductor))
     return compiled
 
 

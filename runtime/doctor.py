@@ -192,7 +192,8 @@ def _backend() -> Finding:
 
 
 def _switches() -> list[Finding]:
-    from ..passes.manager import DISABLE_ENV, FUEL_ENV, disabled_by_environment, registry
+    from ..passes.contract import FUEL_ENV
+    from ..passes.manager import DISABLE_ENV, disabled_by_environment, registry
 
     out = []
     unknown = sorted(disabled_by_environment() - set(registry()))

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from ..passes import ir
 from ..passes.errors import NormfuseError
 from ..passes.linear import Linear, match_linear
-from ..passes.manager import copy_graph
+from ..passes.snapshot import copy_graph
 
 aten = torch.ops.aten
 

@@ -16,7 +16,7 @@ from ..passes import ir
 from ..passes.autocast import ambient, disabled, restore
 from ..passes.capture import out_spec
 from ..passes.errors import Unsupported
-from ..passes.manager import copy_graph
+from ..passes.snapshot import copy_graph
 from ..passes.subgraphs import emit_eager, has_regions, outline
 from ..passes.weights import WeightCache, lift, split
 from .signature import Signature, Weights

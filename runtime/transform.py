@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..passes.contract import Context, Pass
 from ..passes.errors import NormfuseError
-from ..passes.manager import Context, Pass, PassManager
+from ..passes.manager import PassManager
 from ..passes.presets import policy_of, resolve
 from ..passes.report import Report
 from ..passes.verify import check_recognition, check_working

@@ -7,7 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from normfuse.passes.manager import DISABLE_ENV, FUEL_ENV, registry
+from normfuse.passes.contract import FUEL_ENV
+from normfuse.passes.manager import DISABLE_ENV, registry
 from normfuse.passes.presets import PRESETS
 from normfuse.runtime.options import Options
 

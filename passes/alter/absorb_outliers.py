@@ -24,11 +24,11 @@ from torch.utils import _pytree as pytree
 
 from .. import ir
 from ..capture import set_attribute
+from ..contract import Context, Pass, PassResult, register
 from ..errors import NormfuseError, Refuse
 from ..exact.fold_affine import foldable_value
 from ..exposure import weight_value
 from ..linear import linear_names, set_args
-from ..manager import Context, Pass, PassResult, register
 from ..readers import Reading, check_readers, feature_axis
 from ..weight_builder import WeightBuilder
 

@@ -21,9 +21,9 @@ from torch import fx
 
 from .. import cost, ir
 from ..axis import SPLITS, Axis, operands, result_axis, users
+from ..contract import Context, Pass, PassResult, register
 from ..errors import Refuse
 from ..linear import Linear, is_weight, match_features, match_linear
-from ..manager import Context, Pass, PassResult, register
 from ..residual import Stream, Writer, streams
 from ..weight_builder import WeightBuilder
 from ..zero_mean import centered_streams, linear_out_axis

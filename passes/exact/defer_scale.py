@@ -15,8 +15,8 @@ from torch import fx
 
 from .. import cost, ir
 from ..axis import Axis, dropout_is_active, is_dropout, result_axis
+from ..contract import Context, Pass, PassResult, register
 from ..errors import Refuse
-from ..manager import Context, Pass, PassResult, register
 from ..readers import Reading, check_readers
 from ..weight_builder import WeightBuilder
 

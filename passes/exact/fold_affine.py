@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from .. import cost, ir
+from ..contract import Context, Pass, PassResult, register
 from ..errors import Refuse
 from ..exposure import Exposed, hidden_channels, sentence
 from ..linear import is_weight, set_args
-from ..manager import Context, Pass, PassResult, register
 from ..readers import check_readers, feature_axis, fold_into_readers
 from ..weight_builder import WeightBuilder
 

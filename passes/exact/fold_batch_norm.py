@@ -18,9 +18,9 @@ import torch
 from torch import fx
 
 from .. import cost, ir
+from ..contract import Context, Pass, PassResult, register
 from ..errors import Refuse
 from ..linear import Linear, match_linear, named_args
-from ..manager import Context, Pass, PassResult, register
 from ..weight_builder import WeightBuilder
 
 if TYPE_CHECKING:

@@ -22,10 +22,10 @@ from torch import fx
 
 from .. import cost, ir
 from ..axis import Axis
+from ..contract import Context, Pass, PassResult, register
 from ..errors import Refuse
 from ..fixed_maps import FixedMap, before, match, near_layers
 from ..linear import Linear, is_weight, match_linear, set_args, table_user
-from ..manager import Context, Pass, PassResult, register
 from ..readers import check_readers, feature_axis, fold_into_readers
 from ..report import Site
 from ..weight_builder import WeightBuilder

@@ -14,8 +14,8 @@ import torch
 from torch import fx
 
 from .. import ir
+from ..contract import Context, Pass, PassResult, register
 from ..errors import Refuse
-from ..manager import Context, Pass, PassResult, register
 
 if TYPE_CHECKING:
     import sympy

@@ -16,9 +16,9 @@ import torch
 from torch import fx
 
 from .. import cost, ir
+from ..contract import Context, Pass, PassResult, register
 from ..errors import Refuse
 from ..linear import Linear, is_weight, match_linear, named_args, table_user
-from ..manager import Context, Pass, PassResult, register
 from ..report import Site
 from ..weight_builder import WeightBuilder
 

@@ -23,9 +23,9 @@ from torch import fx
 
 from .. import cost, ir
 from ..axis import SPLITS, Axis, channel_scale, is_dropout, users
+from ..contract import Context, Pass, PassResult, register
 from ..errors import Refuse
 from ..linear import is_weight, match_linear
-from ..manager import Context, Pass, PassResult, register
 from ..residual import Reader, Stream, Writer, iter_norms, streams
 from ..weight_builder import WeightBuilder
 from ..zero_mean import centered_writers, linear_out_axis

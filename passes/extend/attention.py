@@ -14,9 +14,9 @@ from torch import fx
 
 from .. import ir
 from ..axis import is_dropout
+from ..contract import Context, register
 from ..errors import NormfuseError, Refuse
 from ..linear import match_linear
-from ..manager import Context, register
 from .hold import HOLD
 from .parameters import check_free, constant, parameter, parameter_dtype
 from .sites import ExtendPass, Selection, width

@@ -15,8 +15,8 @@ import torch
 from torch import fx
 
 from .. import ir
+from ..contract import Context, register
 from ..errors import NormfuseError, Refuse
-from ..manager import Context, register
 from .parameters import check_free, constant, norm_prefix, parameter, parameter_dtype, uniform
 from .sites import NormExtension, Selection, is_pre_affine, result_of, shared_refusals, width
 

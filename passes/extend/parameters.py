@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 
 from .. import ir
 from ..capture import set_attribute
+from ..contract import Context
 from ..errors import Refuse
-from ..manager import Context
 
 NEW = "new_parameters"
 

@@ -12,8 +12,8 @@ import torch
 from torch import fx
 
 from .. import ir
+from ..contract import Context, Pass, PassResult
 from ..errors import NormfuseError, Refuse
-from ..manager import Context, Pass, PassResult
 from ..residual import Stream, streams
 from .parameters import prune, refuse_in_backend
 

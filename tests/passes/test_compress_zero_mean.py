@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from normfuse import passes
 from normfuse.passes import ir
+from normfuse.passes.contract import Context
 from normfuse.passes.exact.compress_zero_mean import CompressZeroMean
 from normfuse.passes.exact.fold_affine import FoldAffine
 from normfuse.passes.exact.remove_mean import RemoveMean
-from normfuse.passes.manager import Context, PassManager
+from normfuse.passes.manager import PassManager
 from properties import Bounded
 from stream_models import EncoderDecoder, Toy, randomize
 from torch import nn

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from normfuse import passes
 from normfuse.passes import ir
+from normfuse.passes.contract import Context
 from normfuse.passes.exact.remove_mean import RemoveMean
-from normfuse.passes.manager import Context, PassManager
+from normfuse.passes.manager import PassManager
 from stream_models import Attention, Block, EncoderDecoder, LowPrecision, Toy, randomize
 from torch import nn
 
