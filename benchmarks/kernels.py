@@ -231,6 +231,11 @@ def product_cases(
     )  # fmt: skip
 
 
+def buffers(case: Case) -> list[tuple[torch.Tensor, ...]]:
+    """Inputs to rotate through, so that none is still in the cache when its turn comes again."""
+    return [case.make() for _ in range(copies(int(case.moved), l2_bytes()))]
+
+
 def measure(case: Case, dtype: torch.dtype, floors: Any) -> dict[str, Any]:
     """One row: errors first, then times of everything that is right.
 
@@ -247,7 +252,7 @@ def measure(case: Case, dtype: torch.dtype, floors: Any) -> dict[str, Any]:
     # a kernel that fails must not be timed as the formula that would take its place
     with triton_ops.required():
         try:
-            sets = [case.make() for _ in range(copies(int(case.moved), l2_bytes()))]
+            sets = buffers(case)
             good = case.eager(*(t.double() for t in sets[0]))
             row["eager_error"] = worst(case.eager(*sets[0]), good)
             row["error"] = worst(case.ours(*sets[0]), good)
@@ -285,17 +290,10 @@ def tune(case: Case, device: torch.device, dtype: torch.dtype) -> None:
     assert case.tune is not None
     name, sizes, options = case.tune
     plan = getattr(plans, name)(*sizes, **options)
-    args = case.make()
+    sets = buffers(case)
+    calls = [lambda s=s: case.ours(*s) for s in sets]
     with triton_ops.required():
-        autotune_cache.tune(
-            name,
-            plan,
-            device,
-            dtype,
-            sizes,
-            options,
-            lambda: graph_seconds([lambda: case.ours(*args)]),
-        )
+        autotune_cache.tune(name, plan, device, dtype, sizes, options, lambda: graph_seconds(calls))
 
 
 def shapes(quick: bool) -> tuple[list[tuple[int, int]], list[tuple[int, int, int]]]:

@@ -52,9 +52,9 @@ def test_concurrent_writers_lose_nothing(folder):
         "from normfuse.runtime import autotune_cache as c\n"
         "for i in range(10): c.store(torch.device('cpu'), {f'{sys.argv[1]}-{i}': {'x': i}})\n"
     )
-    running = [subprocess.Popen([sys.executable, "-c", code, str(n)]) for n in range(3)]
-    assert [p.wait(timeout=120) for p in running] == [0, 0, 0]
-    assert len(cache.load(CPU)) == 30
+    running = [subprocess.Popen([sys.executable, "-c", code, str(n)]) for n in range(2)]
+    assert [p.wait(timeout=120) for p in running] == [0, 0]
+    assert len(cache.load(CPU)) == 20
     assert not list(folder.glob("*.tmp"))
 
 

@@ -139,6 +139,32 @@ def test_gated_norms_without_gain_or_bias(name, gain):
     assert resources.read(compiled, "sm_90").spills == 0
 
 
+#: Of a product with row statistics taken inside, and of one with a given scale: what launches leave out.
+ABSENT = {
+    "rms": (1, ("w2", "colsum", "colsum2", "bias", "bias2", "scale")),
+    "scaled": (0, ("w2", "colsum", "colsum2", "bias", "bias2", "stats", "sums")),
+}
+
+
+@pytest.mark.parametrize(
+    "name, how",
+    [
+        ("norm_linear_kernel", "rms"),
+        ("norm_linear_kernel", "scaled"),
+        ("norm_linear_persistent", "rms"),
+        ("norm_linear_split", "scaled"),
+        ("norm_linear_finish", "rms"),
+    ],
+)
+def test_products_without_what_they_do_not_read(name, how):
+    case = next(c for c in all_cases("bf16") if c.name == name)
+    statistic, absent = ABSENT[how]
+    changed = {"STATS": statistic, "HAS_BIAS": False, **dict.fromkeys(absent)}
+    known = {k: v for k, v in changed.items() if k in case.kernel.arg_names}
+    case = dataclasses.replace(case, constants={**case.constants, **known})
+    assert resources.read(resources.build(case, "sm_90"), "sm_90").spills == 0
+
+
 @pytest.mark.skipif(not FULL, reason="set NORMFUSE_FULL_CROSS_COMPILE=1")
 @pytest.mark.parametrize("target", resources.TARGETS)
 @pytest.mark.parametrize("dtype", resources.DTYPES)

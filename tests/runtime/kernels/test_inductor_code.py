@@ -1,6 +1,7 @@
 """The code Inductor writes around our kernels, for a GPU that is not here: launches and nothing else.
 
-Backward launches are in ``test_lower_kernels.py``: this PyTorch cannot trace sums of fake CUDA tensors.
+Backward launches with sums behind them are in ``test_lower_kernels.py``: PyTorch without CUDA cannot
+trace sums of fake CUDA tensors.
 """
 
 import re
@@ -45,6 +46,12 @@ def gated(x, down, up):
     return kernels().gated_norm(x, None, None, down, up, 1e-6, 2.0, F32, BF16)[0]
 
 
+def backward(kind):
+    return lambda x, dy, stats: kernels().norm_backward(
+        x, dy, None, None, stats, kind, False, None
+    )[0]
+
+
 #: Name: function, inputs, kernels of ours in their order.
 CASES = {
     "norm": (
@@ -61,6 +68,12 @@ CASES = {
         lambda x, r: kernels().add_norm(x, r, None, None, 1e-6, "layer", F32, BF16)[:2],
         (ROWS, ROWS),
         ["norm_fwd_tile"],
+    ),
+    "norm, backward": (backward("rms"), (ROWS, ROWS, empty(1, 8, dtype=F32)), ["norm_bwd_tile"]),
+    "long norm, backward": (
+        backward("layer"),
+        (empty(8, 40000), empty(8, 40000), empty(2, 8, dtype=F32)),
+        ["norm_bwd_loop"],
     ),
     "norm_linear": (linear("rms", "silu"), (empty(128, 512), W), ["norm_linear_kernel"]),
     "norm_linear, LayerNorm": (
