@@ -127,3 +127,62 @@ class Blocked:
 
     room = staticmethod(scratch)
     plus_identity = staticmethod(Whole.plus_identity)
+
+
+class Halved:
+    """The same for a batch on CPUs; a symmetric matrix is the halves of its diagonal and one block below
+    it, ``[3, B, h, h]``: six products of eight, each of them batched and into memory of its own.
+
+    (A batched product into a strided block would go matrix by matrix.)
+    """
+
+    def __init__(self, side: int) -> None:
+        self.half = side // 2
+
+    @property
+    def _spans(self) -> tuple[slice, slice]:
+        return slice(0, self.half), slice(self.half, None)
+
+    def room(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        if name != "other":  # the iterate; all others are symmetric
+            shape = (3, *shape[:-2], self.half, self.half)
+        return scratch(name, shape, like)
+
+    def pack(self, full: Tensor) -> Tensor:
+        low, high = self._spans
+        return torch.stack([full[:, low, low], full[:, high, high], full[:, high, low]])
+
+    def _whole(self, s: Tensor) -> Tensor:
+        low, high = self._spans
+        out = scratch("whole", (s.shape[1], 2 * self.half, 2 * self.half), s)
+        out[:, low, low], out[:, high, high], out[:, high, low] = s
+        out[:, low, high] = s[2].mT
+        return out
+
+    def gram(self, x: Tensor, tall: bool, out: Tensor) -> Tensor:
+        rows = x.mT if tall else x
+        first, second = (rows[:, span] for span in self._spans)
+        torch.bmm(first, first.mT, out=out[0])
+        torch.bmm(second, second.mT, out=out[1])
+        torch.bmm(second, first.mT, out=out[2])
+        return out
+
+    @staticmethod
+    def symmetric(
+        s: Tensor, t: Tensor, base: Tensor, beta: float, alpha: float, out: Tensor
+    ) -> Tensor:
+        diagonal = [x[:2].flatten(0, 1) for x in (base, s, t, out)]
+        torch.baddbmm(*diagonal[:3], beta=beta, alpha=alpha, out=diagonal[3])
+        out[0].baddbmm_(s[2].mT, t[2], alpha=alpha)
+        out[1].baddbmm_(s[2], t[2].mT, alpha=alpha)
+        torch.baddbmm(base[2], s[2], t[0], beta=beta, alpha=alpha, out=out[2])
+        out[2].baddbmm_(s[1], t[2], alpha=alpha)
+        return out
+
+    def apply(self, x: Tensor, b: Tensor, a: float, tall: bool, out: Tensor) -> Tensor:
+        return Whole.apply(x, self._whole(b), a, tall, out)
+
+    @staticmethod
+    def plus_identity(z: Tensor, a: float, out: Tensor) -> Tensor:
+        out.copy_(z)[:2].diagonal(dim1=-2, dim2=-1).add_(a)
+        return out
