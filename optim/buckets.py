@@ -36,8 +36,11 @@ from .stages import StateSpec
 
 VIEWS = ("matrix", "flatten", "batch")
 
-#: Eager steps on a CPU take this many bytes of matrices per thread at a time.
+#: On a CPU matrices above this size are worked on one by one, their elementwise stages a piece at a time.
 CACHE_BYTES = 2**20
+
+#: Eager steps on smaller ones take this many bytes of them per thread at a time.
+PORTION_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True)
@@ -331,7 +334,7 @@ class Bucket:
         """``active`` in runs of neighbours whose matrices fill the caches."""
         threads = torch.get_num_threads()
         each = max(1, self._matrix_bytes())
-        limit = max(1, CACHE_BYTES // each) * threads
+        limit = max(1, PORTION_BYTES // each) * threads
         out: list[list[int]] = []
         count = 0
         for i in active:

@@ -355,6 +355,7 @@ def test_portions_of_a_bucket_are_the_bucket(name, threads_bytes, monkeypatch):
     results = []
     for size in (2**20, threads_bytes):
         monkeypatch.setattr(buckets, "CACHE_BYTES", size)
+        monkeypatch.setattr(buckets, "PORTION_BYTES", size)
         rng = np.random.default_rng(3)
         params = [
             torch.nn.Parameter(torch.as_tensor(rng.standard_normal((6, 8)))) for _ in range(7)
