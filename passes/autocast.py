@@ -163,6 +163,8 @@ def make_explicit(gm: fx.GraphModule, settings: tuple[Autocast, ...] = ()) -> bo
             continue
         if not isinstance(node.target, torch._ops.OpOverload) or "val" not in node.meta:
             continue
+        if isinstance(node.meta["val"], (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            continue  # a number that dynamic shapes keep in a tensor: nothing is computed in a dtype
         if any(s.enabled for s in current):
             key = _memo_key(node, current)
             inputs = [

@@ -141,8 +141,9 @@ def test_graph_breaks(model):
     assert len(backend.reports()) == 2
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("where", ["inside", "outside"])
-def test_autocast(model, where):
+def test_autocast(model, where, dynamic):
     class Inside(nn.Module):
         def __init__(self):
             super().__init__()
@@ -153,12 +154,24 @@ def test_autocast(model, where):
                 return self.inner(x)
 
     target = Inside() if where == "inside" else model
-    fast = compiled(target)
+    fast = compiled(target, dynamic=dynamic)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=where == "outside"):
         a, b = fast(ids())["logits"], target(ids())["logits"]
     assert a.dtype == b.dtype
     torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-2)
     assert backend.reports()[0].applied
+
+
+def test_numbers_of_a_dynamic_graph_under_autocast():
+    """Dynamo keeps eps in a tensor there: reading it is no product that autocast would cast."""
+    model = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 24))
+    fast = compiled(model, dynamic=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        for rows in (4, 7):
+            x = torch.randn(rows, 16)
+            torch.testing.assert_close(fast(x), model(x), rtol=2e-2, atol=2e-2)
+    [report] = backend.reports()
+    assert report.applied
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
