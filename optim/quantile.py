@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,6 +61,11 @@ def _by_selection(flat: Tensor, rank: int, both: bool) -> tuple[Tensor, Tensor]:
 def _by_bins(flat: Tensor, rank: int, both: bool) -> tuple[Tensor, Tensor]:
     """The same for float32 rows on a CPU, where selecting a bin's entries costs no waiting."""
     first, second = flat.new_empty(flat.shape[0]), flat.new_empty(flat.shape[0])
+
+    def entries(row: Tensor, inside: Tensor) -> Tensor:
+        # NumPy finds the few entries of a mask several times faster than masked_select
+        return row[torch.from_numpy(np.flatnonzero(inside.numpy()))].abs()
+
     for i, row in enumerate(flat):
         # little-endian halves (every platform PyTorch supports)
         bins = row.contiguous().view(torch.int16).view(-1, 2)[:, 1].bitwise_and(0x7FFF)
@@ -67,14 +73,14 @@ def _by_bins(flat: Tensor, rank: int, both: bool) -> tuple[Tensor, Tensor]:
         wanted = torch.tensor([rank + 1, rank + 2 if both else rank + 1])
         low, high = torch.searchsorted(upto, wanted).tolist()
         before = int(upto[low - 1]) if low else 0
-        found = row.masked_select(bins == low).abs()
+        found = entries(row, bins == low)
         first[i] = found.kthvalue(rank + 1 - before).values
         if not both:
             continue
         if high == low:
             second[i] = found.kthvalue(rank + 2 - before).values
         else:
-            second[i] = row.masked_select(bins == high).abs().min()
+            second[i] = entries(row, bins == high).min()
     return first, second
 
 
