@@ -19,11 +19,14 @@ RMSNorm is bounded from below instead: ``rsqrt(max(mean(h²), eps))``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
+import torch.fx.traceback
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
     "NORM_OPS",
@@ -315,6 +318,26 @@ def gated_rms_norm(
     return self_gate(y, down, up, gate_scale=gate_scale)
 
 
+@contextlib.contextmanager
+def _made_again() -> Iterator[None]:
+    """While a compiler traces: what is made inside is made once more for the backward, not kept.
+
+    For what is as large as the input and cheap to make. Eager autograd keeps what it keeps.
+    """
+    if not fx.traceback.has_preserved_node_meta():
+        yield
+        return
+    meta = fx.traceback.current_meta
+    outside = meta.get("recompute")
+    meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+    try:
+        yield
+    finally:
+        del meta["recompute"]
+        if outside is not None:
+            meta["recompute"] = outside
+
+
 def self_gate(y: Tensor, down: Tensor, up: Tensor, *, gate_scale: float = 2.0) -> Tensor:
     """The gate of :func:`gated_rms_norm` on a vector that is normalized already (LayerNorm…).
 
@@ -323,7 +346,10 @@ def self_gate(y: Tensor, down: Tensor, up: Tensor, *, gate_scale: float = 2.0) -
     # On rows of a matrix the two parts of y's gradient are added by the product that makes one of
     # them (addmm). Behind a view they are not, and the norm's backward would read both, every time.
     flat = y.flatten(0, -2) if y.dim() > 2 and y.is_contiguous() else y
-    gate = torch.sigmoid(F.linear(F.silu(F.linear(flat, down.to(y.dtype))), up.to(y.dtype)))
+    inner = F.silu(F.linear(flat, down.to(y.dtype)))
+    with _made_again():
+        logits = F.linear(inner, up.to(y.dtype))
+    gate = torch.sigmoid(logits)
     out = flat * (gate * gate_scale)
     return out if flat is y else out.view(y.shape)
 

@@ -11,11 +11,14 @@ import operator
 from typing import Any
 
 import torch
+import torch.fx.traceback
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from ..passes import ir, ops
+
+_KEPT = ("val", "tensor_meta", "recompute")
 
 
 def expand(gm: fx.GraphModule) -> int:
@@ -44,7 +47,8 @@ def _expand_node(gm: fx.GraphModule, node: fx.Node) -> None:
 
     values = [ir.val(n) for n in nodes]
     mode = next(v.fake_mode for v in values if isinstance(v, torch._subclasses.FakeTensor))
-    with mode:
+    # formulas say what is not kept for the backward
+    with mode, fx.traceback.preserve_node_meta():
         traced = make_fx(run, pre_dispatch=True)(*values)
     graph = gm.graph
     env: dict[fx.Node, Any] = {}
@@ -62,7 +66,7 @@ def _expand_node(gm: fx.GraphModule, node: fx.Node) -> None:
                     name = f"_normfuse_{node.name}_{inner.target}"
                     gm.register_buffer(name, getattr(traced, inner.target), persistent=False)
                     copied.target = name
-                copied.meta = {k: v for k, v in copied.meta.items() if k in ("val", "tensor_meta")}
+                copied.meta = {k: v for k, v in copied.meta.items() if k in _KEPT}
                 ir.inherit(copied, node)
                 env[inner] = copied
     if isinstance(result, (list, tuple)):

@@ -471,3 +471,37 @@ def test_exact_passes_around_a_gate():
         gm = capture_(model, x)
         PassManager(order).run(gm)
         torch.testing.assert_close(gm(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def kept_for_backward(module, x):
+    """Bytes that a compiled forward keeps, without parameters and inputs."""
+    known = {t.untyped_storage().data_ptr() for t in (*module.parameters(), x)}
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager_decomp_partition")
+    compiled(x)
+    sizes = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        compiled(x)
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("norm", [nn.RMSNorm, nn.LayerNorm])
+def test_a_compiled_gate_keeps_one_value_per_entry(norm):
+    """The normalized value; the gate's logits are made again from ``rank`` numbers a token."""
+    x = torch.randn(4, 32, 64)
+    kept = []
+    for todo in (None, "InsertGatedNorm"):
+        gm = capture_(Two(64, norm), x)
+        if todo:
+            run_pass(gm, todo, rank=2)
+        kept.append(kept_for_backward(gm, x))
+    gates = 3
+    small = gates * 4 * 32 * 4 * 8  # a few numbers a token
+    assert 0 < kept[1] - kept[0] <= gates * x.nbytes + small
