@@ -289,7 +289,7 @@ class Bucket:
 
     def finite(self, active: Sequence[int], grads: Callable[[Slot], Tensor]) -> list[bool]:
         """Whether the gradient of each active slot holds finite numbers only."""
-        return [bool(_all_finite(s.target(grads(s)))) for s in (self.slots[i] for i in active)]
+        return [_all_finite(s.target(grads(s))) for s in (self.slots[i] for i in active)]
 
     def finite_in_part(self, index: int, grads: Callable[[Slot], Tensor]) -> bool:
         """Whether some of a slot's several matrices hold finite numbers only."""
@@ -542,11 +542,11 @@ def _times(update: Tensor, factors: Sequence[Tensor]) -> Tensor:
     return update
 
 
-def _all_finite(grad: Tensor) -> Tensor | bool:
+def _all_finite(grad: Tensor) -> bool:
     if grad.numel() == 0:
         return True
     low, high = torch.aminmax(grad)  # one pass; NaN reaches both, an infinity one of them
-    return torch.isfinite(low) & torch.isfinite(high)
+    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def _is_zero(value: Any) -> bool:

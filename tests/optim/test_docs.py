@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from normfuse.optim import coefficients as co
+from normfuse.optim import newton_schulz as ns
 
 GUIDE = Path(__file__).parents[2] / "docs" / "optim.md"
 
@@ -19,3 +21,20 @@ def test_bands_in_the_guide(name):
         band = co.certify(schedule, lower, 1.0)
         low, high = (float(v) for v in re.findall(r"-?[\d.]+\d", cell))
         assert (low, high) == pytest.approx((band.low, band.high), abs=6e-4)
+
+
+def test_flops_in_the_guide():
+    schedule = co.resolve((3.4445, -4.7750, 2.0315))
+    rows = re.findall(r"^\| (\d+)×(\d+) \| (.*)$", GUIDE.read_text(), re.MULTILINE)
+    assert len(rows) >= 9
+    for rows_, cols_, rest in rows:
+        r, c = int(rows_), int(cols_)
+        form, products, over, under = (x.strip() for x in rest.strip("|").split("|"))
+        plan = ns.make_plan(r, c, schedule, torch.float32, "cpu")
+        assert form.lower() == plan.method
+        kind = "halves" if plan.halved else f"{plan.blocks} block rows" if plan.blocked else "whole"
+        assert products.startswith(kind)
+        floor = min(ns.flops(r, c, schedule, x, 0.5) for x in (None, ()))
+        written = 5 * (4 * r * r * c + 2 * r**3)
+        assert float(over) == pytest.approx(plan.flops / floor, abs=6e-3)
+        assert float(under) == pytest.approx(written / plan.flops, abs=6e-3)
