@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from ..passes import ir
 from ..passes.autocast import ambient
 from ..passes.capture import capture, checked_args, set_attribute, transforming
-from ..passes.errors import CaptureError, NormfuseError, VerificationError
+from ..passes.errors import CaptureError, NormfuseError, NormfuseWarning, VerificationError
 from ..passes.report import Report
 from .bake import bake
 from .likeness import resembling
@@ -218,9 +218,27 @@ class RewrittenModule(nn.Module):
         except NormfuseError as error:
             self._give_up(str(error))
             return None
+        self._compare(report)
         self.reports.append(report)
         self._add(in_spec, graph)
         return graph
+
+    def _compare(self, report: Report) -> None:
+        """Warn if this graph lacks an extension or alteration that the first one has."""
+        names = self._settings.beyond_exact
+        first = [pair for r in self.reports[:1] for pair in r.applied if pair[1] in names]
+        lost = [pair for pair in first if pair not in set(report.applied)]
+        if not lost:
+            return
+        why = {(site, name): f" ({reason})" for site, name, reason in report.refused}
+        mode = "training" if self.training else "eval"
+        warnings.warn(
+            f"the graph of this call in {mode} mode lacks {len(lost)} of {len(first)} changes that "
+            f"the first one has, such as {lost[0][1]} at {lost[0][0]}{why.get(lost[0], '')}: it is "
+            "another function",
+            NormfuseWarning,
+            stacklevel=5,
+        )
 
     def _give_up(self, text: str) -> None:
         if names := self._settings.beyond_exact:

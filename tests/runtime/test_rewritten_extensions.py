@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import Transformer, ids
 from normfuse import NormfuseError, passes
+from normfuse.passes.errors import NormfuseWarning
 from torch import nn
 
 EXTENSIONS = [
@@ -143,6 +144,29 @@ def test_the_original_is_no_substitute(monkeypatch):
         warnings.simplefilter("always")
         exact.train()(ids())
     assert any("running the original code" in str(w.message) for w in seen)
+
+
+def test_a_mode_that_lacks_what_the_other_has_is_named():
+    """Attention that drops weights in training cannot be extended there; that must not go unseen."""
+
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(16, 48)
+
+        def forward(self, x):
+            q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            p = 0.1 if self.training else 0.0
+            y = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=p)
+            return y.transpose(1, 2).flatten(2)
+
+    todo = [passes.AffineScaledAttention(), "fold_affine"]
+    new, _ = normfuse.rewrite(Dropping().eval(), (torch.randn(2, 5, 16),), passes=todo)
+    with pytest.warns(NormfuseWarning, match="training mode lacks 1 of 1.*drops weights"):
+        new.train()(torch.randn(2, 5, 16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        new.eval()(torch.randn(2, 5, 16))
 
 
 def test_the_backend_trains_what_was_inserted():
