@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from . import ir
 
@@ -153,6 +154,17 @@ class Number:
 
     value: Any
     tol: float = 1e-12
+
+
+def settled(number: Number) -> Number:
+    """An eps that Dynamo keeps variable (``dynamic=True``) as the number it is, under a guard: another
+    value compiles anew. One that is not known before the run stays what it is."""
+    if not isinstance(number.value, torch.SymFloat):
+        return number
+    try:
+        return replace(number, value=float(number.value))
+    except GuardOnDataDependentSymNode:
+        return number
 
 
 Fact = Square | Stat | Root | Scaled | Norm | tuple

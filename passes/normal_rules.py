@@ -27,6 +27,7 @@ from .normal_facts import (
     _times,
     bind,
     is_cast,
+    settled,
     unexpanded,
     widens,
 )
@@ -436,6 +437,8 @@ def _varies(node: fx.Node) -> bool:
 
 def _add_number(form: NormalForm, node: fx.Node, x: Any, number: Number, factor: float) -> Any:
     fact = form.fact(x)
+    if isinstance(fact, Stat):
+        number = settled(number)
     if isinstance(number.value, (torch.SymInt, torch.SymFloat)):
         return None
     if isinstance(fact, Stat) and fact.power == 2 and ir.dtype(node) == fact.dtype:

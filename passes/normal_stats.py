@@ -21,6 +21,7 @@ from .normal_facts import (
     Stat,
     _short,
     bind,
+    settled,
     widens,
 )
 from .normal_form import NormalForm, rule
@@ -168,6 +169,7 @@ def _clamp(form: NormalForm, node: fx.Node) -> Fact | None:
     if not isinstance(fact, (Stat, Root)):
         return None
     number = form.constant(low)
+    number = None if number is None else settled(number)
     bounded = None
     above = args.get("max") is not None
     if not above and number is not None and isinstance(number.value, (int, float)):

@@ -174,6 +174,34 @@ def test_numbers_of_a_dynamic_graph_under_autocast():
     assert report.applied
 
 
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_eps_that_dynamo_keeps_variable(autocast, bounded):
+    """Hand-written norms under ``dynamic=True``: recognized, and another eps is another graph."""
+
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.eps, self.layer = 1e-5, nn.Linear(16, 24)
+
+        def forward(self, x):
+            square = x.pow(2).mean(-1, keepdim=True)
+            square = square.clamp(min=self.eps) if bounded else square + self.eps
+            return self.layer(x * torch.rsqrt(square))
+
+    model = Norm()
+    fast = compiled(model, dynamic=True, fullgraph=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for eps in (1e-5, 1e-5, 0.5, 2.0):
+            model.eps = eps
+            for rows in (4, 7):
+                x = torch.randn(rows, 16)
+                tight = 3e-2 if autocast else 1e-5
+                torch.testing.assert_close(fast(x), model(x), rtol=tight, atol=tight)
+    reports = backend.reports()
+    assert len(reports) == 3 and all(r.sites[0].kind == "rms_norm" for r in reports)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(dtype):
     model = trained_like(Transformer(d=32)).eval().to(dtype)
