@@ -31,7 +31,7 @@ METHODS = ("auto", "direct", "gram")
 #: Blocked symmetric products, matrix by matrix, pay from here on (shorter side, CPU); from the lower
 #: bound on batches of halves do, and smaller batches use whole products.
 BLOCKED_FROM = 320
-HALVED_FROM = 176
+HALVED_FROM = 240
 #: Rows of one block: smaller ones, and sizes that fit GEMM kernels badly, lose more speed than the
 #: triangle saves.
 _BLOCK = 128

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from . import ir
 
@@ -157,9 +158,12 @@ class Number:
 
 
 def settled(number: Number) -> Number:
-    """An eps that Dynamo keeps variable (``dynamic=True``) as the number it is, under a guard: another
-    value compiles anew. One that is not known before the run stays what it is."""
+    """A float of the model that Dynamo keeps variable (``dynamic=True``) as the number it is, under a
+    guard: another value compiles anew. One made of sizes, or not known before the run, stays what it
+    is."""
     if not isinstance(number.value, torch.SymFloat):
+        return number
+    if not all(symbol_is_type(s, SymT.FLOAT) for s in number.value.node.expr.free_symbols):
         return number
     try:
         return replace(number, value=float(number.value))
@@ -184,6 +188,8 @@ def _is_one(c: float, p: float, n: Any, tol: float = 1e-12) -> bool:
 
 def _times(c: float, p: float, number: Number, n: Any, sign: int = 1) -> tuple[float, float] | None:
     """``c·n^p`` times (or, with ``sign=-1``, divided by) a number, spelled with ``n`` if it is one."""
+    if n is not None:  # a factor of a statistic or its root, not of any tensor
+        number = settled(number)
     value = number.value
     for e in (1.0, 0.5, -0.5, -1.0):
         if _equals_power(value, n, e, number.tol):

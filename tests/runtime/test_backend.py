@@ -202,6 +202,25 @@ def test_eps_that_dynamo_keeps_variable(autocast, bounded):
     assert len(reports) == 3 and all(r.sites[0].kind == "rms_norm" for r in reports)
 
 
+def test_a_root_of_the_size_that_dynamo_keeps_variable():
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.layer = 16**0.5, nn.Linear(16, 24)
+
+        def forward(self, x):
+            return self.layer(nn.functional.normalize(x, dim=-1) * self.scale)
+
+    model = Norm()
+    fast = compiled(model, dynamic=True, fullgraph=True)
+    with torch.no_grad():
+        for rows in (4, 7):
+            x = torch.randn(rows, 16)
+            torch.testing.assert_close(fast(x), model(x))
+    [report] = backend.reports()
+    assert report.sites[0].kind == "rms_norm"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(dtype):
     model = trained_like(Transformer(d=32)).eval().to(dtype)
