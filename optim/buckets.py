@@ -40,7 +40,7 @@ VIEWS = ("matrix", "flatten", "batch")
 CACHE_BYTES = 2**20
 
 #: Eager steps on smaller ones take this many bytes of them per thread at a time.
-PORTION_BYTES = 2 * 2**20
+PORTION_BYTES = 2**20
 
 
 @dataclass(frozen=True)

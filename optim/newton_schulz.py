@@ -24,14 +24,12 @@ from torch import Tensor
 
 from .coefficients import Schedule
 from .kernel_products import KernelProducts
-from .products import Blocked, Halved, Whole
+from .products import Blocked, Whole
 
 METHODS = ("auto", "direct", "gram")
 
-#: Blocked symmetric products, matrix by matrix, pay from here on (shorter side, CPU); from the lower
-#: bound on batches of halves do, and smaller batches use whole products.
+#: Blocked symmetric products pay from here on (shorter side, CPU); smaller batches use ``bmm``.
 BLOCKED_FROM = 320
-HALVED_FROM = 240
 #: Rows of one block: smaller ones, and sizes that fit GEMM kernels badly, lose more speed than the
 #: triangle saves.
 _BLOCK = 128
@@ -100,8 +98,7 @@ def choose_restarts(schedule: Schedule, dtype: torch.dtype) -> tuple[int, ...] |
 class Plan:
     """How a batch is orthogonalized, and why: ``flops`` is the count the choice was made on.
 
-    ``blocks`` cuts symmetric products on CPUs, ``halved`` those of whole batches; ``kernels`` says which
-    products are ours on GPUs.
+    ``blocks`` cuts symmetric products on CPUs; ``kernels`` says which products are ours on GPUs.
     """
 
     method: str
@@ -109,7 +106,6 @@ class Plan:
     blocks: int
     flops: float
     kernels: KernelProducts | None = None
-    halved: bool = False
 
     @property
     def blocked(self) -> bool:
@@ -160,17 +156,13 @@ def make_plan(
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     m = min(rows, cols)
     # Blocks (on CPUs) and kernels compute half of a symmetric product; bmm computes all of it.
-    blocks, halved = 1, False
-    if device == "cpu" and kernels is None:
-        halved = HALVED_FROM <= m < BLOCKED_FROM and m % 2 == 0
-        if m >= BLOCKED_FROM:
-            blocks = max(2, min(_MAX_BLOCKS, round(m / _BLOCK)))
-    cut = 2 if halved else blocks
-    share = (cut + 1) / (2 * cut) if kernels is None else kernels.share
+    blocks = 1
+    if device == "cpu" and m >= BLOCKED_FROM and kernels is None:
+        blocks = max(2, min(_MAX_BLOCKS, round(m / _BLOCK)))
+    share = (blocks + 1) / (2 * blocks) if kernels is None else kernels.share
     direct = flops(rows, cols, schedule, None, share)
-    by_matrix = Plan("direct", (), blocks, direct, kernels, halved)
     if method == "direct" or not schedule:
-        return by_matrix
+        return Plan("direct", (), blocks, direct, kernels)
     if restarts is not None:
         if any(not 0 < i < len(schedule) for i in restarts):
             raise ValueError(
@@ -186,11 +178,11 @@ def make_plan(
                 f"the Gram form is not accurate in {dtype} for these coefficients: no choice of up "
                 "to three restarts keeps it stable; use method='direct', another set, or ns_dtype"
             )
-        return by_matrix
+        return Plan("direct", (), blocks, direct, kernels)
     gram = flops(rows, cols, schedule, chosen, share)
     if method == "gram" or gram < 0.95 * direct:
-        return Plan("gram", chosen, blocks, gram, kernels, halved)
-    return by_matrix
+        return Plan("gram", chosen, blocks, gram, kernels)
+    return Plan("direct", (), blocks, direct, kernels)
 
 
 def _direct(
@@ -280,9 +272,6 @@ def iterate(
         made = run(x, plan.kernels, first_gram, None)
         return made if out is None else out.copy_(made)
     out = torch.empty_like(x) if out is None else out
-    if plan.halved:
-        halves = Halved(min(x.shape[-2:]))
-        return run(x, halves, None if first_gram is None else halves.pack(first_gram), out)
     if not plan.blocked:
         return run(x, Whole, first_gram, out)
     # One matrix at a time: each product is large enough to fill the cores, and its operands stay

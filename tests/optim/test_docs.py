@@ -32,7 +32,7 @@ def test_flops_in_the_guide():
         form, products, over, under = (x.strip() for x in rest.strip("|").split("|"))
         plan = ns.make_plan(r, c, schedule, torch.float32, "cpu")
         assert form.lower() == plan.method
-        kind = "halves" if plan.halved else f"{plan.blocks} block rows" if plan.blocked else "whole"
+        kind = f"{plan.blocks} block rows" if plan.blocked else "whole"
         assert products.startswith(kind)
         floor = min(ns.flops(r, c, schedule, x, 0.5) for x in (None, ()))
         written = 5 * (4 * r * r * c + 2 * r**3)

@@ -1,7 +1,6 @@
 """``orthogonalize`` against the scalar polynomial applied to a float64 SVD."""
 
 import itertools
-import math
 
 import numpy as np
 import pytest
@@ -90,39 +89,6 @@ def test_blocked_products(shape, method, name):
     )
 
 
-@pytest.mark.parametrize("shape", [(2, 240, 290), (2, 290, 240), (2, 242, 242)])
-@pytest.mark.parametrize("method", ["direct", "gram"])
-@pytest.mark.parametrize("name", ["jordan", "polar_express", "cubic5", "deepseekv4"])
-def test_halved_products(shape, method, name, monkeypatch):
-    g = matrix(shape, "gaussian")
-    steps = co.resolve(name, None)
-    plan = ns.make_plan(*shape[-2:], steps, torch.float32, "cpu", method)
-    assert plan.halved and not plan.blocked
-    want = oracle(g, name, None)
-    assert relative(optim.orthogonalize(g.float(), None, method, coefficients=name), want) < 5e-4
-    g[0, 3, 4] = math.nan
-    for normalization in ("frobenius", "schatten", "aol"):
-        kw = {"coefficients": name, "normalization": normalization}
-        ours = optim.orthogonalize(g, None, method, **kw)
-        with monkeypatch.context() as m:
-            m.setattr(ns, "HALVED_FROM", 10_000)
-            ns.make_plan.cache_clear()
-            whole = optim.orthogonalize(g, None, method, **kw)
-        ns.make_plan.cache_clear()
-        torch.testing.assert_close(ours, whole, rtol=1e-8, atol=1e-9)
-        assert not ours[0].any()
-
-
-def test_halves_are_the_even_sides_between():
-    steps = co.resolve("jordan")
-    for side, halved in ((238, False), (240, True), (251, False), (318, True), (320, False)):
-        plan = ns.make_plan(side, side + 2, steps, torch.float32, "cpu")
-        assert plan.halved == halved and plan.blocked == (side >= 320)
-        share = 0.75 if halved else (2 + 1) / 4 if side >= 320 else 1.0
-        chosen = None if plan.method == "direct" else plan.restarts
-        assert plan.flops == ns.flops(side, side + 2, steps, chosen, share)
-
-
 def test_block_edges_cover_every_side():
     for side in range(2, 400):
         for blocks in range(1, min(8, side) + 1):
@@ -133,7 +99,7 @@ def test_block_edges_cover_every_side():
 
 
 @pytest.mark.parametrize("method", ["direct", "gram"])
-@pytest.mark.parametrize("shape", [(2, 330, 400), (2, 180, 200), (3, 20, 30)])
+@pytest.mark.parametrize("shape", [(2, 330, 400), (3, 20, 30)])
 def test_results_in_a_workspace_are_their_own(shape, method):
     x, y = matrix(shape, "gaussian").float(), matrix(shape, "gaussian", 1).float()
     want = [optim.orthogonalize(v, 4, method) for v in (x, y)]
