@@ -183,9 +183,9 @@ def _clamp(form: NormalForm, node: fx.Node) -> Fact | None:
 
 def _bounded(stat: Stat, bound: float) -> Stat | None:
     """``max(stat, bound)``."""
-    if stat.power != 2 or stat.c < 0 or stat.shift < 0 or stat.floor or stat.flaw:
+    if stat.power != 2 or stat.c < 0 or stat.shift < 0 or stat.flaw:
         return None
-    if bound <= stat.shift:
+    if bound <= max(stat.shift, stat.floor):
         return stat  # never smaller in the first place
     if stat.shift or not math.isfinite(bound):
         return None
@@ -194,6 +194,8 @@ def _bounded(stat: Stat, bound: float) -> Stat | None:
 
 def _bounded_root(root: Root, bound: float) -> Root | None:
     """``max(c·N^p·sqrt(stat), bound)``: the root of the bounded statistic."""
+    if bound <= 0 and root.c >= 0:
+        return None if _bounded(root.stat, bound) is None else root
     if root.q != 0.5 or root.c <= 0 or root.gain is not None or root.flaw:
         return None
     factor = root.c
@@ -201,7 +203,7 @@ def _bounded_root(root: Root, bound: float) -> Root | None:
         if not isinstance(root.stat.n, int) or root.stat.n < 1:
             return None
         factor *= float(root.stat.n) ** root.p
-    stat = _bounded(root.stat, math.copysign((bound / factor) ** 2, bound))
+    stat = _bounded(root.stat, (bound / factor) ** 2)
     return None if stat is None else replace(root, stat=stat, text=f"max({root.text},eps)")
 
 

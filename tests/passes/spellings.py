@@ -328,6 +328,11 @@ def rms_harmless_clamp(m, x):
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).clamp(min=0) + EPS)
 
 
+@spelling("rms_norm", "xxx")
+def rms_harmless_clamp_of_rstd(m, x):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS).clamp_min(0)
+
+
 @spelling("rms_norm", "xxx", floor=True, eps=BOUND)
 def rms_clamped_mean_square(m, x):
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).clamp_min(BOUND))
