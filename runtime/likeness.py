@@ -39,7 +39,9 @@ def resembling(base: type, model: type, forward: Callable | None = None) -> type
     if not callable(shown):
         return base
     inner: Any = base.forward  # type: ignore[attr-defined]
-    function = FunctionType(inner.__code__, inner.__globals__, "forward", None, inner.__closure__)
+    # Dynamo counts recompilations, and gives up, per code object: models must not share one
+    code = inner.__code__.replace()
+    function = FunctionType(code, inner.__globals__, "forward", None, inner.__closure__)
     function.__kwdefaults__ = inner.__kwdefaults__
     of_instance = forward is not None and not isinstance(shown, MethodType)
     shown = getattr(shown, "__func__", shown)

@@ -86,6 +86,18 @@ def test_a_decorated_forward_is_still_traced():
     torch.testing.assert_close(fast(x), model(x))
 
 
+@pytest.mark.parametrize("weights", ["live", "baked"])
+def test_any_number_of_models_compiles_in_one_process(weights):
+    """Dynamo gives up on a code object after some recompilations, so every model has one of its own."""
+    x = torch.randn(2, 8)
+    model = Documented()
+    for _ in range(torch._dynamo.config.recompile_limit + 1):
+        new = pickle.loads(pickle.dumps(rewritten(model, weights)))
+        new(x)
+        fast = torch.compile(new, backend="eager", fullgraph=True)  # raises where Dynamo gave up
+        torch.testing.assert_close(fast(x), model(x))
+
+
 def test_exported_inputs_have_the_models_names():
     new = rewritten(Documented())
     program = torch.export.export(new, (torch.randn(2, 8),), {"negate": True})
