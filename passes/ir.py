@@ -60,11 +60,14 @@ def val(node: Any) -> Any:
 
 
 def concrete(size: Any) -> Any:
-    """A size as an ``int`` if it is known to be one number (its symbol was specialized later)."""
+    """A size as a number if it is known to be one (its symbol was specialized later)."""
     if isinstance(size, torch.SymInt):
         known = size.node.maybe_as_int()
-        return size if known is None else known
-    return size
+    elif isinstance(size, torch.SymFloat):
+        known = size.node.maybe_as_float()
+    else:
+        return size
+    return size if known is None else known
 
 
 def shape(node: fx.Node) -> tuple:
@@ -250,10 +253,14 @@ class NormArgs:
             raise AttributeError(name) from None
 
     @property
-    def keywords(self) -> dict[str, Any]:
-        """The keyword-only arguments: ``floor`` where the op has it, and the cast order."""
-        names = ("floor", "stat_dtype", "norm_dtype", "out_dtype")
-        return {name: self._values[name] for name in names if name in self._values}
+    def casts(self) -> dict[str, Any]:
+        """The cast order, as keywords."""
+        return {name: self._values[name] for name in ("stat_dtype", "norm_dtype", "out_dtype")}
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the statistic is bounded from below (``floor``, which only some ops have)."""
+        return self._values.get("floor", False)
 
     def replaced(self, **changes: Any) -> dict[str, Any]:
         """All arguments by name, with ``changes`` applied (for :func:`emit` as keywords)."""

@@ -167,10 +167,8 @@ class NormalForm:
         if not isinstance(a, fx.Node):
             return None
         v = ir.val(a)
-        if isinstance(v, (torch.SymInt, torch.SymFloat)):
-            return Number(_fixed(v))
-        if isinstance(v, (int, float)) and not isinstance(v, bool):
-            return Number(v)
+        if isinstance(v, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(v, bool):
+            return Number(ir.concrete(v))
         if not isinstance(v, torch.Tensor) or v.dim() != 0 or a.meta.get("mutated"):
             return None
         if a not in self._constants:
@@ -408,14 +406,6 @@ class NormalForm:
         if varies and not any(d in dims for d in varies):
             return None
         return gain
-
-
-def _fixed(v: torch.SymInt | torch.SymFloat) -> Any:
-    """The number that a size turned out to be while the model was traced, or ``v`` itself."""
-    expr = v.node.expr
-    if not expr.is_number:
-        return v
-    return int(expr) if isinstance(v, torch.SymInt) else float(expr)
 
 
 def _separates(node: fx.Node) -> bool:

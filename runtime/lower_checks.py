@@ -65,7 +65,7 @@ def vector(node: Any, what: str, size: Any) -> None:
 
 
 def float32_statistic(args: Any, x: torch.Tensor) -> None:
-    if args._values.get("floor"):
+    if args.bounded:
         raise Refuse("the statistic is bounded from below, kernels add eps")
     if (args.stat_dtype or x.dtype) != torch.float32:
         raise Refuse(f"the statistic is taken in {args.stat_dtype or x.dtype}, kernels use float32")

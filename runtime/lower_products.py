@@ -295,7 +295,7 @@ def _own_statistic(args: Any) -> tuple[float | None, fx.Node]:
         return None, x
     stat = ir.NormArgs(scale)
     if (
-        stat.floor
+        stat.bounded
         or list(stat.dims) != [-1]
         or (stat.stat_dtype or ir.dtype(stat.x)) != torch.float32
     ):

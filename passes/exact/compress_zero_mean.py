@@ -163,7 +163,7 @@ class CompressZeroMean(Pass):
                     "first (FoldAffine)",
                     r.node,
                 )
-            if args.floor:
+            if args.bounded:
                 raise Refuse(
                     "the norm bounds its statistic from below instead of adding eps", r.node
                 )
@@ -326,7 +326,7 @@ class _Rewrite:
         args = ir.NormArgs(node)
         node.target = nf.crms_norm.default
         node.args = (args.x, None, None, args.eps)
-        node.kwargs = {k: getattr(args, k) for k in ("stat_dtype", "norm_dtype", "out_dtype")}
+        node.kwargs = args.casts
         ir.set_val(node)
 
     def _narrow_reader(self, node: fx.Node) -> None:

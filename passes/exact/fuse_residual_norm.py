@@ -120,7 +120,8 @@ class FuseResidualNorm(Pass):
                     args.bias,
                     args.eps,
                     like=node,
-                    **args.keywords,
+                    **({"floor": True} if args.bounded else {}),
+                    **args.casts,
                 )
                 ir.inherit(both, node, site=True)
                 y = ir.emit(graph, operator.getitem, both, 0, like=node)

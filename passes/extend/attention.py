@@ -19,7 +19,7 @@ from ..errors import NormfuseError, Refuse
 from ..linear import match_linear
 from .hold import HOLD
 from .parameters import check_free, constant, parameter, parameter_dtype
-from .sites import ExtendPass, Selection, width
+from .sites import ExtendPass, Selection, fixed, width
 
 aten = torch.ops.aten
 nf = torch.ops.normfuse
@@ -114,14 +114,6 @@ def query_source(node: fx.Node) -> fx.Node:
     return x
 
 
-def _static(node: fx.Node, dim: int, what: str) -> int:
-    size = ir.shape(node)[dim]
-    try:
-        return size if isinstance(size, int) else int(size.node.expr)
-    except (AttributeError, TypeError):
-        raise Refuse(f"{what} has no fixed size ({size})", node) from None
-
-
 class _AttentionExtension(ExtendPass):
     """Sites are the attentions (fused calls, or ``softmax(…)·V``), keyed by module path."""
 
@@ -196,8 +188,10 @@ class InsertGatedAttention(_AttentionExtension):
     def plan(self, gm: fx.GraphModule, node: fx.Node, context: Context) -> Callable[[], None]:
         _refuse_extended(node)
         x = query_source(node)
-        heads = _static(node, 1, "the number of heads")
-        rows = heads * (_static(node, 3, "a head") if self.options["per"] == "element" else 1)
+        heads = fixed(ir.shape(node)[1], "the number of heads", node)
+        rows = heads * (
+            fixed(ir.shape(node)[3], "a head", node) if self.options["per"] == "element" else 1
+        )
         shape = (rows, width(x))
         name = f"{self.prefix(node)}gate"
         check_free(gm, name, shape)
@@ -268,8 +262,8 @@ class AffineScaledAttention(_AttentionExtension):
             raise Refuse("causal attention with more keys than queries", node)
         if mask is not None and ir.dtype(mask) != torch.bool:
             raise Refuse("the mask is additive, so which keys are visible is not known", mask)
-        heads = _static(node, 1, "the number of heads")
-        if heads % _static(value, 1, "the number of value heads"):
+        heads = fixed(ir.shape(node)[1], "the number of heads", node)
+        if heads % fixed(ir.shape(value)[1], "the number of value heads", value):
             raise Refuse("value heads do not divide the heads", node)
         base = f"{self.prefix(node)}affine"
         d = width(x)

@@ -18,7 +18,15 @@ from .. import ir
 from ..contract import Context, register
 from ..errors import NormfuseError, Refuse
 from .parameters import check_free, constant, norm_prefix, parameter, parameter_dtype, uniform
-from .sites import NormExtension, Selection, is_pre_affine, result_of, shared_refusals, width
+from .sites import (
+    NormExtension,
+    Selection,
+    fixed,
+    is_pre_affine,
+    result_of,
+    shared_refusals,
+    width,
+)
 
 aten = torch.ops.aten
 nf = torch.ops.normfuse
@@ -94,7 +102,7 @@ class InsertGatedNorm(_Rescaling):
             if not fresh:
                 self.reused.append(down)
             graph = gm.graph
-            if node.target is nf.rms_norm.default and not args.floor:
+            if node.target is nf.rms_norm.default and not args.bounded:
                 with graph.inserting_before(node):
                     gated = ir.emit(
                         graph,
@@ -107,7 +115,7 @@ class InsertGatedNorm(_Rescaling):
                         w_up,
                         args.eps,
                         like=node,
-                        **_casts(args),
+                        **args.casts,
                     )
                 ir.inherit(gated, node, site=True)
                 ir.replace(node, gated)
@@ -151,7 +159,7 @@ class InsertPreAffine(NormExtension):
         shape = tuple(
             s if d in args.dims else 1 for d, s in zip(range(first, 0), sizes, strict=True)
         )
-        shape = tuple(_fixed(s, node) for s in shape)
+        shape = tuple(fixed(s, "a normalized dim", node) for s in shape)
         check_free(gm, name, shape)
         dtype = parameter_dtype(args.gain, x)
 
@@ -167,19 +175,6 @@ class InsertPreAffine(NormExtension):
             ir.set_val(node)
 
         return commit
-
-
-def _fixed(size: Any, node: fx.Node) -> int:
-    if isinstance(size, int):
-        return size
-    try:
-        return int(size.node.expr)
-    except (AttributeError, TypeError):
-        raise Refuse(f"a normalized dim has no fixed size ({size})", node) from None
-
-
-def _casts(args: ir.NormArgs) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in ("stat_dtype", "norm_dtype", "out_dtype")}
 
 
 class _Dynamic(_Rescaling):
@@ -208,7 +203,7 @@ class _Dynamic(_Rescaling):
                 "the residual add is fused into the norm: run before fuse_residual_norm", node
             )
         args = ir.NormArgs(node)
-        if args.floor:
+        if args.bounded:
             raise Refuse(
                 "the norm bounds its statistic from below instead of adding eps: gate it with "
                 "insert_gated_norm",
@@ -245,7 +240,7 @@ class _Dynamic(_Rescaling):
                     args.eps,
                     like=node,
                     **self.extra(),
-                    **_casts(args),
+                    **args.casts,
                 )
             ir.inherit(new, node, site=True)
             ir.replace(node, new)

@@ -36,15 +36,16 @@ def selector(sites: Selection) -> Callable[[str, fx.Node], bool] | None:
     return lambda key, node: any(key == p or fnmatch.fnmatchcase(key, p) for p in patterns)
 
 
+def fixed(size: Any, what: str, node: fx.Node) -> int:
+    """A size out of :func:`ir.shape` that must not be a symbol."""
+    if not isinstance(size, int):
+        raise Refuse(f"{what} has no fixed size ({size})", node)
+    return size
+
+
 def width(node: fx.Node) -> int:
     """Size of the last dim, which must be fixed."""
-    size = ir.shape(node)[-1]
-    if not isinstance(size, int):
-        try:
-            size = int(size.node.expr)
-        except (AttributeError, TypeError):
-            raise Refuse(f"the feature dim has no fixed size ({size})", node) from None
-    return size
+    return fixed(ir.shape(node)[-1], "the feature dim", node)
 
 
 def shared_refusals(node: fx.Node) -> None:
