@@ -11,18 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..passes import ops
+from .activations import ACTIVATIONS
 from .lower_kernels import kernels_for
 
 __all__ = ["GatedRMSNorm", "LayerNorm", "NormLinear", "RMSNorm"]
 
-_ACTIVATIONS = {
-    "identity": lambda z: z,
-    "relu": F.relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "sigmoid": torch.sigmoid,
-}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -152,8 +145,8 @@ class NormLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}")
         rows = out_features * (2 if glu else 1)
         self.activation, self.glu, self.center, self.eps = activation, glu, center, eps
         self.weight = nn.Parameter(torch.empty(rows, in_features, device=device, dtype=dtype))
@@ -177,7 +170,7 @@ class NormLinear(nn.Module):
         norm = ops.layer_norm if self.center else ops.rms_norm
         h = norm(x, [-1], eps=self.eps, stat_dtype=stat, norm_dtype=stat, out_dtype=x.dtype)
         z = F.linear(h, self.weight, self.bias)
-        act = _ACTIVATIONS[self.activation]
+        act = ACTIVATIONS[self.activation]
         if not self.glu:
             return act(z)
         gate, up = z.chunk(2, -1)

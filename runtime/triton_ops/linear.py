@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import devices
+from ..activations import ACTIVATIONS
 from ..autotune_cache import tuned
 from ..kernels import linear as kernels
 from ..kernels import persistent, plans
@@ -17,15 +18,6 @@ from . import launch as run
 from .launch import flat, launch, rows_of
 from .norms import gradient, normalize, statistics
 
-#: Activations, in the kernels' numbering, with their formulas.
-ACTIVATIONS = {
-    "identity": lambda z: z,
-    "relu": torch.relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "sigmoid": torch.sigmoid,
-}
 _CODES = {name: i for i, name in enumerate(ACTIVATIONS)}
 
 #: Bound on mean²/variance beyond which a LayerNorm tile is computed again, centered first, by the
