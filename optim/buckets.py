@@ -331,7 +331,9 @@ class Bucket:
         self._update(active, compile=compile, masked=masked, grads=grads, apply=apply)
 
     def _portions(self, active: Sequence[int]) -> list[list[int]]:
-        """``active`` in runs of neighbours whose matrices fill the caches."""
+        """``active`` in runs of neighbours whose matrices fill the caches; large ones stay where they are."""
+        if self._large:
+            return [[i] for i in active]
         threads = torch.get_num_threads()
         each = max(1, self._matrix_bytes())
         limit = max(1, PORTION_BYTES // each) * threads

@@ -233,8 +233,8 @@ class Sinkhorn(Stage):
         return batch.with_(u).scaled(*sinkhorn_factors(u, self.iterations, self.eps))
 
 
-#: Rows of a sweep that stay in cache between its two halves.
-_SWEEP_BYTES = 2**20
+#: Rows of a sweep that stay in the last cache between its two halves.
+_SWEEP_BYTES = 2**24
 
 
 # An operator of its own: unrolled into a graph, its sweeps take a compiler minutes, and what it would
@@ -258,7 +258,7 @@ def sinkhorn_factors(u: Tensor, iterations: int, eps: float) -> tuple[Tensor, Te
     c = torch.ones_like(u[..., :1, :], memory_format=torch.contiguous_format)
     blocks = list(zip(*(x.split(size, -2) for x in (u, square, r)), strict=True))
     # Entries spread over many orders of magnitude: squares are taken of u/max|u|.
-    peaks = [source.abs().amax((-2, -1), keepdim=True) for source, *_ in blocks]
+    peaks = [_peak(source) for source, *_ in blocks]
     scale = safe_inverse(torch.cat(peaks, -1).amax(-1, keepdim=True))
     for source, block, _ in blocks:
         torch.mul(source, scale, out=block).square_()
@@ -266,10 +266,32 @@ def sinkhorn_factors(u: Tensor, iterations: int, eps: float) -> tuple[Tensor, Te
         # a row's factor needs that row only, so one read of the matrix serves both halves
         weights, sums = c.mT, torch.zeros_like(c)
         for _, block, part in blocks:
-            part.copy_(renewed(part, torch.matmul(block, weights), cols))
-            sums += torch.matmul(part.mT, block)
+            part.copy_(renewed(part, _right(block, weights), cols))
+            sums += _left(part.mT, block)
         c = renewed(c, sums, rows)
     return scale, r.sqrt(), c.sqrt()
+
+
+def _peak(u: Tensor) -> Tensor:
+    """``max|u|`` of each matrix, ``[B, 1, 1]``."""
+    if u.shape[0] > 1:
+        return u.abs().amax((-2, -1), keepdim=True)
+    low, high = torch.aminmax(u)  # one read; slow along a dimension
+    return torch.maximum(-low, high).view(1, 1, 1)
+
+
+def _right(matrix: Tensor, column: Tensor) -> Tensor:
+    """``matrix·column``; the library has a product of one matrix and a vector, but none of batches."""
+    if matrix.shape[0] > 1:
+        return torch.bmm(matrix, column)
+    return torch.mv(matrix[0], column.flatten())[None, :, None]
+
+
+def _left(row: Tensor, matrix: Tensor) -> Tensor:
+    """``row·matrix``."""
+    if matrix.shape[0] > 1:
+        return torch.bmm(row, matrix)
+    return torch.mv(matrix[0].T, row.flatten())[None, None]
 
 
 @sinkhorn_factors.register_fake
