@@ -3,26 +3,27 @@
     python benchmarks/gating.py [--quick] [--device cuda] [--out benchmarks/results/gating.json]
 
 Rows: the norm op alone and a whole pre-RMSNorm decoder (``models.py``) with a gate behind every norm.
-Columns: eager (unfused), Inductor, and the normfuse backend, each plain and gated. Runs are interleaved
-round by round; the figure is the median over rounds of the per-round ratio gated/plain, with its
-quartiles. Memory: new parameters, what the forward keeps for the backward, and page faults per step (each
-is a page that the allocator had given back; set glibc's ``MALLOC_TRIM_THRESHOLD_`` and
-``MALLOC_MMAP_THRESHOLD_`` to see the step without them).
+Columns: eager (unfused), Inductor, and the normfuse backend, each plain and gated. These two take turns;
+the figure is the median over rounds of the per-round ratio gated/plain, with its 95 % interval.
+Memory: new parameters, what the forward keeps for the backward, and page faults per step (each a page
+that the allocator gave back: set glibc's ``MALLOC_TRIM_THRESHOLD_`` and ``MALLOC_MMAP_THRESHOLD_`` to
+see the step without them).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import statistics
-import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from models import llama
 from normfuse import passes
-from normfuse.runtime.measure import environment
+from normfuse.runtime.measure import environment, interleaved, paired_ratio
 from normfuse.runtime.provenance import source_hash
 from torch import nn
 
@@ -73,54 +74,38 @@ def page_faults() -> int:
     return 0
 
 
-def clock(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def compare(model: nn.Module, x: torch.Tensor, backends: list[str], rounds: int) -> dict:
-    """Seconds per training step of each variant, rounds interleaved; errors are recorded as such."""
-    device = x.device.type
-    timed: dict[str, list[float]] = {}
-    faults: dict[str, list[int]] = {}
-    failed: dict[str, str] = {}
+    """Seconds per training step, plain and gated in turns; errors are recorded as such."""
     modules = variants(model, x, backends)
-    for name, module in modules.items():
-        try:
-            for _ in range(3):
-                step(module, x)
-            timed[name], faults[name] = [], []
-        except Exception as error:
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    for _ in range(rounds):
-        for name, seconds in timed.items():
-            before = page_faults()
-            start = clock(device)
-            step(modules[name], x)
-            seconds.append(clock(device) - start)
-            faults[name].append(page_faults() - before)
-    rows = {}
+    rows: dict[str, Any] = {}
     for backend in backends:
-        plain, gated = timed.get(f"{backend} plain"), timed.get(f"{backend} gated")
-        if plain is None or gated is None:
-            rows[backend] = {"failed": failed}
-            continue
-        ratios = [g / p for g, p in zip(gated, plain, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        rows[backend] = {
-            "plain_ms": 1e3 * statistics.median(plain),
-            "gated_ms": 1e3 * statistics.median(gated),
-            "ratio": middle,
-            "quartiles": [low, high],
+        faults: dict[str, list[int]] = {"plain": [], "gated": []}
+
+        def counted(kind: str, module: nn.Module, faults: dict[str, list[int]]) -> None:
+            before = page_faults()
+            step(module, x)
+            faults[kind].append(page_faults() - before)
+
+        pair = {
+            kind: functools.partial(counted, kind, modules[f"{backend} {kind}"], faults)
+            for kind in faults
         }
-        for name in ("plain", "gated"):
-            rows[backend][f"{name}_saved_bytes"] = saved_bytes(modules[f"{backend} {name}"], x)
-            rows[backend][f"{name}_page_faults"] = statistics.median(faults[f"{backend} {name}"])
-            if device == "cuda":
+        try:
+            times = interleaved(pair, rounds)
+        except Exception as error:
+            rows[backend] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+            continue
+        ratio = paired_ratio(times["gated"], times["plain"])
+        rows[backend] = {"ratio": ratio.value, "interval": [ratio.low, ratio.high]}
+        for kind, seconds in times.items():
+            module = modules[f"{backend} {kind}"]
+            rows[backend][f"{kind}_ms"] = 1e3 * statistics.median(seconds)
+            rows[backend][f"{kind}_saved_bytes"] = saved_bytes(module, x)
+            rows[backend][f"{kind}_page_faults"] = statistics.median(faults[kind])
+            if x.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-                step(modules[f"{backend} {name}"], x)
-                rows[backend][f"{name}_peak_bytes"] = torch.cuda.max_memory_allocated()
+                step(module, x)
+                rows[backend][f"{kind}_peak_bytes"] = torch.cuda.max_memory_allocated()
     sizes = {
         name: sum(
             p.numel() * p.element_size() for p in modules[f"{backends[0]} {name}"].parameters()
@@ -165,7 +150,7 @@ def main() -> None:
                 continue
             print(
                 f"  {backend:10} plain {r['plain_ms']:8.2f} ms  gated {r['gated_ms']:8.2f} ms  "
-                f"ratio {r['ratio']:.3f} [{r['quartiles'][0]:.3f}, {r['quartiles'][1]:.3f}]  "
+                f"ratio {r['ratio']:.3f} [{r['interval'][0]:.3f}, {r['interval'][1]:.3f}]  "
                 f"kept for backward {r['plain_saved_bytes'] / 1e6:.1f} and "
                 f"{r['gated_saved_bytes'] / 1e6:.1f} MB  "
                 f"page faults {r['plain_page_faults']:.0f} and {r['gated_page_faults']:.0f}"

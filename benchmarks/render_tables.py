@@ -228,7 +228,7 @@ def rescaling_section(result: dict[str, Any]) -> str:
 
 def gating_section(result: dict[str, Any]) -> str:
     lines = [
-        "| what | backend | plain ms | gated ms | gated/plain [quartiles] | kept for backward, MB |",
+        "| what | backend | plain ms | gated ms | gated/plain [95 %] | kept for backward, MB |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
     notes = []
@@ -239,7 +239,7 @@ def gating_section(result: dict[str, Any]) -> str:
             if "failed" in r:
                 lines.append(f"| {name} | {backend} | failed | | | |")
                 continue
-            low, high = r["quartiles"]
+            low, high = r["interval"]
             kept = f"{r['plain_saved_bytes'] / 1e6:.1f} → {r['gated_saved_bytes'] / 1e6:.1f}"
             lines.append(
                 f"| {name} | {backend} | {r['plain_ms']:.2f} | {r['gated_ms']:.2f} "
