@@ -34,7 +34,7 @@ class AdamMoments(Stage):
         g, b1, b2 = batch.update, batch.hyper["beta1"], batch.hyper["beta2"]
         m, v = batch.state["exp_avg"], batch.state["exp_avg_sq"]
         m = torch.lerp(m, g, (1 - b1).to(g.dtype))
-        v = torch.lerp(v, g * g, (1 - b2).to(g.dtype))
+        v = torch.addcmul(b2 * v, (1 - b2) * g, g)  # lerp makes NaN of squares that overflow
         assert batch.step is not None
         step = batch.step.to(b1.dtype)
         root, first = (1 - b2**step).sqrt(), 1 - b1**step

@@ -331,7 +331,7 @@ class Bucket:
         self._update(active, compile=compile, masked=masked, grads=grads, apply=apply)
 
     def _portions(self, active: Sequence[int]) -> list[list[int]]:
-        """``active`` in runs of neighbours whose matrices fill the caches; large ones stay where they are."""
+        """``active`` in runs of neighbours whose matrices fill the caches; large ones stay apart."""
         if self._large:
             return [[i] for i in active]
         threads = torch.get_num_threads()

@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .decay import add_decayed, opmath
 from .pipeline import (
     COMPILED,
+    TRACING,
     Pipeline,
     Tensors,
     keep_of,
@@ -43,11 +44,12 @@ class Loop:
     def __call__(self, *args: Tensor) -> Any:
         if not self._first:
             return self._call(*args)
-        began = time.perf_counter()
-        out = self._call(*args)
-        self.seconds += time.perf_counter() - began
-        self._first = False
-        return out
+        with TRACING:
+            began = time.perf_counter()
+            out = self._call(*args)
+            self.seconds += time.perf_counter() - began
+            self._first = False
+            return out
 
 
 def _signature(tensors: Sequence[Tensor]) -> tuple:

@@ -8,6 +8,7 @@ recompilation when a learning rate moves, and nothing that depends on how many p
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 from collections import OrderedDict
@@ -318,6 +319,10 @@ def run(pipeline: Pipeline, t: Tensors, masked: bool) -> tuple[Tensor, Tensor | 
     return update.to(t.grad.dtype), decay
 
 
+#: Held while a step is traced: PyTorch's tracer works for one thread at a time.
+TRACING = threading.RLock()
+
+
 def _compiled(step: Callable[..., Any], flat: list[Tensor]) -> tuple[fx.GraphModule, Any]:
     """The traced graph and what calls it; without our kernels in it if it does not compile with them."""
     from torch._inductor.compile_fx import compile_fx
@@ -387,6 +392,7 @@ class CompileCache:
     def __init__(self, size: int = 256) -> None:
         self.size = size
         self._entries: OrderedDict[Any, Any] = OrderedDict()
+        self._dropped: set[int] = set()
         self.misses = 0
 
     def get(self, pipeline: Pipeline, t: Tensors, masked: bool) -> CompiledStep:
@@ -402,15 +408,18 @@ class CompileCache:
 
     def fetch(self, key: Any, make: Callable[[], Any]) -> Any:
         """What ``make`` made for ``key``: it has ``seconds``, what compiling took."""
-        found = self._entries.get(key)
-        if found is None:
-            self.misses += 1
-            found = self._entries[key] = make()
+        with TRACING:
+            found = self._entries.pop(key, None)
+            if found is None:
+                self.misses += 1
+                found = make()
+                if hash(key) in self._dropped:  # too small for what is in use
+                    self.size *= 2
+                    self._dropped.clear()
+            self._entries[key] = found  # the last one
             if len(self._entries) > self.size:
-                self._entries.popitem(last=False)
-        else:
-            self._entries.move_to_end(key)
-        return found
+                self._dropped.add(hash(self._entries.popitem(last=False)[0]))
+            return found
 
 
 COMPILED = CompileCache()

@@ -32,6 +32,7 @@ from ..passes.errors import NormfuseError
 from .base import MatrixOptimizer
 from .batching import batch_newton_schulz
 from .delegate import Delegate
+from .pipeline import TRACING
 
 #: Graphs kept, least recently used dropped; a group entry that moves but cannot be an input may make
 #: as many, then the step is refused.
@@ -125,7 +126,8 @@ class TracedOptimizer(Delegate):
         if found is None:
             began = time.perf_counter()
             try:
-                found = self._trace()
+                with TRACING:
+                    found = self._trace()
                 self.traces += 1
             except _NewState:
                 return None  # this step creates the state; the next one is traced

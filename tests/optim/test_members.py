@@ -521,6 +521,35 @@ def test_scale_invariance_down_to_tiny_gradients(name):
     torch.testing.assert_close(moves[0], moves[1], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("name", MEMBERS)
+def test_finite_gradients_of_any_size_make_finite_steps(name, large, monkeypatch):
+    monkeypatch.setattr(buckets, "CACHE_BYTES", 1 if large else 2**40)
+    cls, entries, _ = MEMBERS[name]
+    g = torch.Generator().manual_seed(0)
+    for sizes in ((1e25, 1e25, 1e25), (1e25, 1.0, 1.0), (1e-25, 1e36, 1e-40)):
+        ps = [torch.nn.Parameter(torch.zeros(s)) for s in ((6, 4), (4, 6), (6, 4), (1, 7), (7, 1))]
+        opt = cls(ps, lr=1.0, weight_decay=0.0, **entries)
+        for size in sizes:
+            for p in ps:
+                p.grad = torch.randn(p.shape, generator=g) * size
+            opt.step()
+            assert all(torch.isfinite(p).all() for p in ps)
+
+
+@pytest.mark.parametrize("name", ["SCALE", "SWAN", "SinkGD"])
+def test_large_gradients_step_like_small_ones(name):
+    cls, entries, _ = MEMBERS[name]
+    grad = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    moves = []
+    for scale in (1.0, 2.0**100):
+        p = torch.nn.Parameter(torch.zeros(6, 10))
+        p.grad = grad * scale
+        cls([p], lr=1.0, weight_decay=0.0, **entries).step()
+        moves.append(p.detach().clone())
+    torch.testing.assert_close(*moves, rtol=1e-5, atol=1e-6)
+
+
 def test_all_names_resolve():
     for name in ("Muon", "NorMuon", "ROOT", "AuON", "HybridAuON", "MuonMuP", "SCALE", "SinkGD"):
         assert issubclass(getattr(optim, name), torch.optim.Optimizer)
