@@ -51,7 +51,7 @@ def batched_newton_schulz(
     device = xs[0].device.type
     kernels = kernel_products.choose(len(xs), rows, cols, work, xs[0].device)
     plan = ns.make_plan(rows, cols, schedule, work, device, kernels=kernels)
-    if plan.blocked:
+    if plan.tiled:
         return [_one(x, schedule, work) for x in xs]
     turned = [x.shape != xs[0].shape for x in xs]
     batch = torch.stack([x.mT if t else x for x, t in zip(xs, turned, strict=True)]).to(work)

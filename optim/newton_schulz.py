@@ -13,6 +13,7 @@ matrix is never transposed, it is multiplied from the right instead.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
@@ -24,16 +25,15 @@ from torch import Tensor
 
 from .coefficients import Schedule
 from .kernel_products import KernelProducts
-from .products import Blocked, Whole
+from .products import Tiled, Whole
 
 METHODS = ("auto", "direct", "gram")
 
-#: Blocked symmetric products pay from here on (shorter side, CPU); smaller batches use ``bmm``.
-BLOCKED_FROM = 320
-#: Rows of one block: smaller ones, and sizes that fit GEMM kernels badly, lose more speed than the
+#: Tiled symmetric products pay from here on (shorter side, CPU); smaller batches use ``bmm``.
+TILED_FROM = 320
+#: Side up to which a square on the diagonal is computed whole: smaller ones lose more speed than the
 #: triangle saves.
-_BLOCK = 128
-_MAX_BLOCKS = 8
+_TILE = 192
 
 #: On a CPU matrices up to this size share a batch with their transposes; turning larger ones costs
 #: more than a longer batch gains.
@@ -98,18 +98,19 @@ def choose_restarts(schedule: Schedule, dtype: torch.dtype) -> tuple[int, ...] |
 class Plan:
     """How a batch is orthogonalized, and why: ``flops`` is the count the choice was made on.
 
-    ``blocks`` cuts symmetric products on CPUs; ``kernels`` says which products are ours on GPUs.
+    ``halvings`` of the side cut symmetric products on CPUs into tiles; ``kernels`` says which products
+    are ours on GPUs.
     """
 
     method: str
     restarts: tuple[int, ...]
-    blocks: int
+    halvings: int
     flops: float
     kernels: KernelProducts | None = None
 
     @property
-    def blocked(self) -> bool:
-        return self.blocks > 1
+    def tiled(self) -> bool:
+        return self.halvings > 0
 
 
 def flops(
@@ -146,7 +147,7 @@ def make_plan(
     restarts: tuple[int, ...] | None = None,
     kernels: KernelProducts | None = None,
 ) -> Plan:
-    """Choose direct or Gram form and the blocking by FLOPs; ``method`` other than auto is obeyed.
+    """Choose direct or Gram form by FLOPs, and the tiling; ``method`` other than auto is obeyed.
 
     Raises:
         ValueError: unknown method, restarts out of range, or the Gram form asked for where no
@@ -155,14 +156,14 @@ def make_plan(
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     m = min(rows, cols)
-    # Blocks (on CPUs) and kernels compute half of a symmetric product; bmm computes all of it.
-    blocks = 1
-    if device == "cpu" and m >= BLOCKED_FROM and kernels is None:
-        blocks = max(2, min(_MAX_BLOCKS, round(m / _BLOCK)))
-    share = (blocks + 1) / (2 * blocks) if kernels is None else kernels.share
+    # Tiles (on CPUs) and kernels compute half of a symmetric product; bmm computes all of it.
+    halvings = 0
+    if device == "cpu" and m >= TILED_FROM and kernels is None:
+        halvings = math.ceil(math.log2(m / _TILE))
+    share = (1 + 0.5**halvings) / 2 if kernels is None else kernels.share
     direct = flops(rows, cols, schedule, None, share)
     if method == "direct" or not schedule:
-        return Plan("direct", (), blocks, direct, kernels)
+        return Plan("direct", (), halvings, direct, kernels)
     if restarts is not None:
         if any(not 0 < i < len(schedule) for i in restarts):
             raise ValueError(
@@ -178,11 +179,11 @@ def make_plan(
                 f"the Gram form is not accurate in {dtype} for these coefficients: no choice of up "
                 "to three restarts keeps it stable; use method='direct', another set, or ns_dtype"
             )
-        return Plan("direct", (), blocks, direct, kernels)
+        return Plan("direct", (), halvings, direct, kernels)
     gram = flops(rows, cols, schedule, chosen, share)
     if method == "gram" or gram < 0.95 * direct:
-        return Plan("gram", chosen, blocks, gram, kernels)
-    return Plan("direct", (), blocks, direct, kernels)
+        return Plan("gram", chosen, halvings, gram, kernels)
+    return Plan("direct", (), halvings, direct, kernels)
 
 
 def _direct(
@@ -272,11 +273,11 @@ def iterate(
         made = run(x, plan.kernels, first_gram, None)
         return made if out is None else out.copy_(made)
     out = torch.empty_like(x) if out is None else out
-    if not plan.blocked:
+    if not plan.tiled:
         return run(x, Whole, first_gram, out)
     # One matrix at a time: each product is large enough to fill the cores, and its operands stay
-    # in cache; a batched product into a strided block would be computed aside and copied.
-    ops = Blocked(min(x.shape[-2:]), plan.blocks)
+    # in cache; a batched product into a strided tile would be computed aside and copied.
+    ops = Tiled(min(x.shape[-2:]), plan.halvings)
     for i in range(x.shape[0]):
         run(x[i], ops, None if first_gram is None else first_gram[i], out[i])
     return out

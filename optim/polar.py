@@ -207,7 +207,7 @@ def orthogonalize_batch(x: Tensor, s: Settings) -> Tensor:
     rows, cols = x.shape[-2:]
     kernels = _kernels(x, s)
     plan = ns.make_plan(rows, cols, s.schedule, dtype, x.device.type, s.method, s.restarts, kernels)
-    if plan.blocked:  # works matrix by matrix: normalizing them one by one keeps them in cache
+    if plan.tiled:  # works matrix by matrix: normalizing them one by one keeps them in cache
         size = 1
     elif x.device.type == "cpu":  # a batched product splits a batch over the threads
         threads = torch.get_num_threads()

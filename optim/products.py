@@ -1,4 +1,4 @@
-"""How the products of a Newton–Schulz iteration are computed: whole, or in blocks (and, in
+"""How the products of a Newton–Schulz iteration are computed: whole, or in tiles (and, in
 ``kernel_products.py``, by our kernels).
 
 Every way has the same members. ``room`` gives memory that the others write their results into (their
@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -78,44 +77,50 @@ class Whole:
         return out
 
 
-def block_edges(side: int, blocks: int) -> list[int]:
-    """``blocks + 1`` edges from 0 to ``side``, all but the last at multiples of 32 where they fit."""
-    size = -(-side // blocks)
-    size += -size % 32
-    if size * (blocks - 1) >= side:
-        return [round(side * i / blocks) for i in range(blocks + 1)]
-    return [size * i for i in range(blocks)] + [side]
+#: Where a tile lies: its rows, its columns.
+Tile = tuple[slice, slice]
 
 
-class Blocked:
-    """The same for one matrix; symmetric products compute block rows up to the diagonal."""
+def triangle(low: int, high: int, halvings: int) -> Iterator[Tile]:
+    """Tiles that cover the lower triangle of ``[low, high)²``: the square below the diagonal, then the
+    triangles on either side of it, down to ``2 ** halvings`` whole squares on the diagonal.
 
-    def __init__(self, side: int, blocks: int) -> None:
-        self.rows = list(pairwise(block_edges(side, blocks)))
+    Squares multiply faster than strips of as many FLOPs. Sides are multiples of 32 where they are larger.
+    """
+    half = (high - low) // 2
+    if not halvings or not half:
+        yield slice(low, high), slice(low, high)
+        return
+    middle = low + (half + -half % 32 if half > 32 else half)
+    yield slice(middle, high), slice(low, middle)
+    yield from triangle(low, middle, halvings - 1)
+    yield from triangle(middle, high, halvings - 1)
+
+
+class Tiled:
+    """The same for one matrix; symmetric products compute the tiles of the lower triangle."""
+
+    def __init__(self, side: int, halvings: int) -> None:
+        self.tiles = list(triangle(0, side, halvings))
 
     def _mirror(self, out: Tensor) -> Tensor:
-        for low, high in self.rows[1:]:
-            out[:low, low:high].copy_(out[low:high, :low].mT)
+        for rows, cols in self.tiles:
+            if rows != cols:
+                out[cols, rows].copy_(out[rows, cols].mT)
         return out
 
     def gram(self, x: Tensor, tall: bool, out: Tensor) -> Tensor:
         left, right = (x.mT, x) if tall else (x, x.mT)
-        for low, high in self.rows:
-            torch.mm(left[low:high], right[:, :high], out=out[low:high, :high])
+        for rows, cols in self.tiles:
+            torch.mm(left[rows], right[:, cols], out=out[rows, cols])
         return self._mirror(out)
 
     def symmetric(
         self, s: Tensor, t: Tensor, base: Tensor, beta: float, alpha: float, out: Tensor
     ) -> Tensor:
-        for low, high in self.rows:
-            torch.addmm(
-                base[low:high, :high],
-                s[low:high],
-                t[:, :high],
-                beta=beta,
-                alpha=alpha,
-                out=out[low:high, :high],
-            )
+        for tile in self.tiles:
+            rows, cols = tile
+            torch.addmm(base[tile], s[rows], t[:, cols], beta=beta, alpha=alpha, out=out[tile])
         return self._mirror(out)
 
     @staticmethod

@@ -111,7 +111,7 @@ def test_the_form_is_chosen_by_what_products_cost():
     cheap = kp.KernelProducts(True, True, True, 0.6)
     plain = ns.make_plan(1024, 1664, schedule, HALF, "cuda", restarts=(2,))
     ours = ns.make_plan(1024, 1664, schedule, HALF, "cuda", restarts=(2,), kernels=cheap)
-    assert plain.kernels is None and ours.kernels is cheap and ours.blocks == 1
+    assert plain.kernels is None and ours.kernels is cheap and ours.halvings == 0
     assert (
         ours.flops
         == min(ns.flops(1024, 1664, schedule, r, 0.6) for r in (None, (2,)))

@@ -1,7 +1,5 @@
 """``orthogonalize`` against the scalar polynomial applied to a float64 SVD."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -75,13 +73,13 @@ def test_common_sets_are_tight_in_float32(name):
 @pytest.mark.parametrize("shape", [(352, 400), (400, 352), (352, 352)])
 @pytest.mark.parametrize("method", ["direct", "gram"])
 @pytest.mark.parametrize("name", ["jordan", "polar_express", "cubic5"])
-def test_blocked_products(shape, method, name):
+def test_tiled_products(shape, method, name):
     plan = ns.make_plan(*shape, co.resolve(name), torch.float32, "cpu", method)
     g = matrix(shape, "gaussian")
-    blocks = ns.Plan(plan.method, plan.restarts, 3, 0.0)  # uneven blocks
+    deeper = ns.Plan(plan.method, plan.restarts, 3, 0.0)  # uneven tiles
     scale = co.input_scale(co.resolve(name), torch.float32)
     x = (g / g.norm() * scale).float()[None]
-    got = ns.iterate(x.clone(), co.resolve(name), blocks)
+    got = ns.iterate(x.clone(), co.resolve(name), deeper)
     assert relative(got[0], oracle(g, name)) < 5e-4
     assert (
         relative(optim.orthogonalize(g.float(), 5, method, coefficients=name), got[0].double())
@@ -89,13 +87,19 @@ def test_blocked_products(shape, method, name):
     )
 
 
-def test_block_edges_cover_every_side():
-    for side in range(2, 400):
-        for blocks in range(1, min(8, side) + 1):
-            edges = products.block_edges(side, blocks)
-            assert len(edges) == blocks + 1 and edges[0] == 0 and edges[-1] == side
-            assert all(a < b for a, b in itertools.pairwise(edges))
-    assert products.block_edges(768, 6) == list(range(0, 769, 128))
+def test_tiles_cover_the_lower_triangle_once():
+    for side in (*range(1, 70), 319, 320, 384, 577, 768, 1000):
+        for halvings in range(5):
+            count = torch.zeros(side, side)
+            tiles = list(products.triangle(0, side, halvings))
+            for tile in tiles:
+                assert count[tile].numel()
+                count[tile] += 1
+                if tile[0] != tile[1]:
+                    count.T[tile] += 1  # its mirror image
+            assert (count == 1).all(), (side, halvings)
+    diagonal = [rows for rows, cols in products.triangle(0, 768, 2) if rows == cols]
+    assert diagonal == [slice(i, i + 192) for i in range(0, 768, 192)]
 
 
 @pytest.mark.parametrize("method", ["direct", "gram"])
