@@ -174,7 +174,7 @@ class MatrixOptimizer(Optimizer):
         _check_numbers(algorithm, group)
         pipeline = algorithm.pipeline(group)
         for i, p in enumerate(group["params"]):
-            name = _name(group, number, i)
+            name = parameter_name(group, number, i)
             if torch.is_complex(p):
                 raise ValueError(f"{name} is complex; {algorithm.name} needs real parameters")
             if p.dtype not in DTYPES:
@@ -214,7 +214,7 @@ class MatrixOptimizer(Optimizer):
                 if id(p) in seen:  # torch warned about it; one state serves one update
                     continue
                 seen.add(id(p))
-                for slot in make_slots(p, _name(group, number, i), group, pipeline):
+                for slot in make_slots(p, parameter_name(group, number, i), group, pipeline):
                     key = (slot.stacked_shape, p.dtype, p.device, _shards(p))
                     sorted_slots.setdefault(key, []).append(slot)
             for slots in sorted_slots.values():
@@ -358,7 +358,7 @@ def _bucket_class(p: Tensor) -> type[Bucket]:
     return ShardedBucket
 
 
-def _name(group: Mapping[str, Any], number: int, index: int) -> str:
+def parameter_name(group: Mapping[str, Any], number: int, index: int) -> str:
     names = group.get("param_names")
     return str(names[index]) if names else f"parameter {index} of group {number}"
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import fused
 from . import newton_schulz as ns
-from .decay import add_decayed
+from .decay import computing_dtype
 from .pipeline import (
     COMMON_HYPER,
     COMPILED,
@@ -32,7 +32,7 @@ from .pipeline import (
     run_in_pieces,
     run_unscaled,
 )
-from .stages import StateSpec
+from .stages import StateSpec, times
 
 VIEWS = ("matrix", "flatten", "batch")
 
@@ -185,6 +185,7 @@ class Bucket:
         first = self.slots[0]
         self.rows, self.cols = first.stacked_shape
         self.dtype, self.device = first.param.dtype, first.param.device
+        self.computing = computing_dtype(first.param)
         self.total = sum(s.count for s in self.slots)
         self.offsets = [sum(s.count for s in self.slots[:i]) for i in range(len(self.slots))]
         self.specs = self._specs()
@@ -202,14 +203,14 @@ class Bucket:
         per_slot = [pipeline.constants(s.rows, s.cols) for s in self.slots for _ in range(s.count)]
         self.constants = {
             k: torch.tensor([c[k] for c in per_slot], dtype=torch.float64)
-            .to(device=self.device, dtype=self._computing())
+            .to(device=self.device, dtype=self.computing)
             .view(-1, 1, 1)
             for k in (per_slot[0] if per_slot else {})
         }
         if pipeline.reads_ndim:
             flags = [float(s.param.ndim < 2) for s in self.slots for _ in range(s.count)]
             self.constants["is_vector"] = torch.tensor(
-                flags, device=self.device, dtype=self._computing()
+                flags, device=self.device, dtype=self.computing
             ).view(-1, 1, 1)
         scalar = torch.float64 if self.device.type in ("cpu", "cuda") else torch.float32
         names = (*COMMON_HYPER, *pipeline.hyper)
@@ -221,9 +222,6 @@ class Bucket:
 
     def _specs(self) -> dict[str, StateSpec]:
         return self.pipeline.states(self.rows, self.cols)
-
-    def _computing(self) -> torch.dtype:
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def _state_dtype(self, spec: StateSpec) -> torch.dtype:
         if spec.dtype is None or self.dtype == torch.float64:
@@ -435,17 +433,8 @@ class Bucket:
         else a 0-d tensor; None for 1."""
         if _is_zero(self.group["weight_decay"]):
             return None
-        rate = self.hyper["lr"] * self.hyper["weight_decay"] * self.pipeline.decay_factor
-        return 1 - float(rate) if self.device.type == "cpu" else 1 - rate
-
-    def _add(self, target: Tensor, update: Tensor, keep: Any) -> None:
-        add_decayed(
-            target,
-            update,
-            keep,
-            after=self.pipeline.decay_order == "after",
-            cautious=self.pipeline.cautious,
-        )
+        keep = self.pipeline.keep(self.hyper)
+        return float(keep) if self.device.type == "cpu" else keep
 
     def _stream(self, slots: Sequence[Slot], t: Tensors, apply: bool, compile: bool) -> bool:
         """Every entry's step from gradient to parameter, a piece at a time or, compiled, in one loop
@@ -460,7 +449,7 @@ class Bucket:
 
         def sink(b: int, span: slice, update: Tensor, decay: Tensor | None) -> None:
             if apply:
-                self._add(flat[b][span], update, alike if decay is None else float(decay))
+                self.pipeline.move(flat[b][span], update, alike if decay is None else float(decay))
 
         return run_in_pieces(self.pipeline, t, sink)
 
@@ -482,7 +471,7 @@ class Bucket:
         alike = None if decay is not None else self._keep()
         keeps: list[Any] = [alike] * len(slots)
         if decay is not None:
-            per = decay.to(self._computing()).flatten().split(counts)
+            per = decay.to(self.computing).flatten().split(counts)
             keeps = [
                 f.view(*t.shape[:-2], 1, 1)  # a stack: each of its matrices decays by itself
                 if s.count > 1
@@ -492,14 +481,14 @@ class Bucket:
         pieces = update.split(counts)
         if factors is None:
             for s, t, u, keep in zip(slots, targets, pieces, keeps, strict=True):
-                self._add(t, s.view(u), keep)
+                self.pipeline.move(t, s.view(u), keep)
             return
         number = 0
         for s, t, u, keep in zip(slots, targets, pieces, keeps, strict=True):
             span = slice(number, number + s.count)
             own = [f[span] if f.ndim == 3 else f for f in factors]
             if s.turned or not t.is_contiguous() or not u.is_contiguous():
-                self._add(t, s.view(_times(u, own).to(t.dtype)), keep)
+                self.pipeline.move(t, s.view(times(u, own).to(t.dtype)), keep)
             else:
                 for k, matrix in enumerate(t.view(s.count, s.rows, s.cols)):
                     each = [f[k] if f.ndim == 3 else f for f in own]
@@ -516,7 +505,7 @@ class Bucket:
         for low in range(0, target.shape[0], rows):
             span = slice(low, low + rows)
             own = [f[span] if f.ndim == 2 and f.shape[0] > 1 else f for f in factors]
-            self._add(target[span], _times(update[span], own).to(target.dtype), keep)
+            self.pipeline.move(target[span], times(update[span], own).to(target.dtype), keep)
 
     # -- bookkeeping -----------------------------------------------------------------------------------
 
@@ -526,7 +515,7 @@ class Bucket:
         return self.device.type == "cpu" and self._matrix_bytes() > CACHE_BYTES
 
     def _matrix_bytes(self) -> int:
-        return self.rows * self.cols * self._computing().itemsize
+        return self.rows * self.cols * self.computing.itemsize
 
     def state_bytes(self) -> int:
         own = sum(v.numel() * v.element_size() for v in self.stacks.values())
@@ -534,14 +523,8 @@ class Bucket:
 
     def scratch_bytes(self) -> int:
         """Estimated peak of one step besides parameters, gradients and states."""
-        size = torch.finfo(self._computing()).bits // 8
+        size = self.computing.itemsize
         return 4 * self.total * self.rows * self.cols * size
-
-
-def _times(update: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    for factor in factors:
-        update = update * factor
-    return update
 
 
 def _all_finite(grad: Tensor) -> bool:

@@ -24,17 +24,17 @@ def add_decayed(
     if after:
         update = update * keep
     if cautious:
-        kept = torch.as_tensor(keep, dtype=opmath(target), device=target.device)
+        kept = torch.as_tensor(keep, dtype=computing_dtype(target), device=target.device)
         mask = torch.where(update * target <= 0, kept, torch.ones_like(kept))
         torch.addcmul(update, target, mask, out=target)
     elif isinstance(keep, Tensor) or target.itemsize < 4:
         # one-dimensional, so that it takes part in type promotion: bfloat16 would round it to 1
-        kept = torch.as_tensor(keep, dtype=opmath(target), device=target.device)
+        kept = torch.as_tensor(keep, dtype=computing_dtype(target), device=target.device)
         torch.addcmul(update, target, kept.view(1) if kept.ndim == 0 else kept, out=target)
     else:
         torch.add(update, target, alpha=keep, out=target)
 
 
-def opmath(x: Tensor) -> torch.dtype:
-    """The dtype in which a parameter moves before it is rounded."""
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """What stages compute in, and in which a parameter moves before it is rounded."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

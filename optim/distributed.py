@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .buckets import Bucket, Slot
-from .pipeline import COMPILED, Pipeline, Tensors, computing_dtype, run_stages
+from .pipeline import COMPILED, Pipeline, Tensors, run_stages
 from .stages import Stage, StateSpec
 
 
@@ -110,7 +110,7 @@ class ShardedBucket(Bucket):
 
     def _constants(self, rows: int, cols: int) -> dict[str, Tensor]:
         return {
-            k: torch.tensor(v, dtype=self._computing(), device=self.device)
+            k: torch.tensor(v, dtype=self.computing, device=self.device)
             for k, v in self.pipeline.constants(rows, cols).items()
         }
 
@@ -177,15 +177,16 @@ class ShardedBucket(Bucket):
         self.fill_hyper()
         slots = [self.slots[i] for i in active]
         self._compiling = compile and len(slots) == len(self.slots)
-        local = self._local_part(active, slots, grads)
+        local, decay = self._local_part(active, slots, grads)
         period = self.group.get("block_period", 1)
         if self.whole_stages and period > 1 and self.group.get("block_step", 0) % period:
-            update, decay = self._block_part(local), None
+            update = self._block_part(local)
         elif self.whole_stages:
-            update, decay = self._whole_part(active, slots, local)
+            update, later = self._whole_part(active, slots, local)
+            if later is not None:
+                decay = later if decay is None else decay * later
         else:
-            rate = self.hyper["lr"]
-            update, decay = [(u * -rate).to(self.dtype) for u in local], None
+            update = [(u * -self.hyper["lr"]).to(self.dtype) for u in local]
         self._apply_local(slots, update, decay)
 
     def _run(self, stages: tuple[Stage, ...], t: Tensors) -> tuple[Tensor, Tensor | None]:
@@ -194,11 +195,12 @@ class ShardedBucket(Bucket):
 
     def _local_part(
         self, active: Sequence[int], slots: Sequence[Slot], grads: Callable[[Slot], Tensor]
-    ) -> list[Tensor]:
-        """Elementwise stages on the shards; the direction so far, one local tensor per slot."""
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Elementwise stages on the shards: the direction so far, one local tensor per slot, and the
+        multipliers of the decay, ``[n, 1, 1]``."""
         grad = torch.stack([_local_grad(s, grads) for s in slots])
         if not self.local_stages:
-            return list(grad.to(computing_dtype(grad.dtype)).unbind())
+            return list(grad.to(self.computing).unbind()), None
         index = torch.tensor(list(active), device=self.device)
         flat = {k: self.stacks[k][index].reshape(len(slots), 1, -1) for k in self.local_names}
         rows = self._matrix_rows(active)
@@ -210,12 +212,12 @@ class ShardedBucket(Bucket):
             None if self.step is None else self.step[rows[:: slots[0].count]],
             None,
         )
-        update, _ = self._run(self.local_stages, t)
+        update, decay = self._run(self.local_stages, t)
         for k in self.local_names:
             self.stacks[k][index] = flat[k].reshape(len(slots), *self.local_shape)
         if self.step is not None and not self.whole_stages:
             self.step[rows] += 1
-        return [u.reshape(self.local_shape) for u in update.unbind()]
+        return [u.reshape(self.local_shape) for u in update.unbind()], decay
 
     def _block_part(self, local: Sequence[Tensor]) -> list[Tensor]:
         """The later stages on this rank's shards as matrices of their own; no communication."""
@@ -239,8 +241,9 @@ class ShardedBucket(Bucket):
 
     def _whole_part(
         self, active: Sequence[int], slots: Sequence[Slot], local: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor] | None]:
-        """Whole matrices to their owners, each owner's work, the updates back."""
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Whole matrices to their owners, each owner's work, the updates back; and the multipliers of
+        the decay, ``[n, 1, 1]``, of stages that read parameters."""
         world, rank = self.mesh.size(), _linear_rank(self.mesh)
         share = -(-len(slots) // world)
         mine = range(rank * share, min(len(slots), (rank + 1) * share))
@@ -277,8 +280,7 @@ class ShardedBucket(Bucket):
             for k, full in part.states.items():
                 new[full][:size] = t.state[k]
             if factor is not None:
-                rate = self.hyper["lr"] * self.hyper["weight_decay"] * self.pipeline.decay_factor
-                decay[:size] = 1 - rate * factor
+                decay[:size] = factor
         if self.periodic:
             self._count(active)
         total = len(slots) * count
@@ -290,7 +292,7 @@ class ShardedBucket(Bucket):
         if not self.pipeline.reads_param:
             return pieces, None
         factors = _gather_first(decay, self.mesh)[:total]
-        return pieces, [f[0, 0, 0] for f in factors.split(count)]
+        return pieces, factors[::count]
 
     def _shard_dim(self) -> int | None:
         """The sharded dimension where one all-to-all moves everything: a line of ranks, one Shard."""
@@ -347,12 +349,11 @@ class ShardedBucket(Bucket):
         return [u.contiguous() for u in here.movedim(1, dim + 1).unbind()]
 
     def _apply_local(
-        self, slots: Sequence[Slot], update: Sequence[Tensor], decay: list[Tensor] | None
+        self, slots: Sequence[Slot], update: Sequence[Tensor], decay: Tensor | None
     ) -> None:
-        targets = [_local(s.param) for s in slots]
-        rate = self.hyper["lr"] * self.hyper["weight_decay"] * self.pipeline.decay_factor
-        for i, (t, u) in enumerate(zip(targets, update, strict=True)):
-            self._add(t, u, (1 - rate) if decay is None else decay[i])
+        keeps = self.pipeline.keep(self.hyper, decay).expand(len(slots), 1, 1)
+        for slot, u, keep in zip(slots, update, keeps, strict=True):
+            self.pipeline.move(_local(slot.param), u, keep.view(()))
 
 
 def _local(p: Tensor) -> Tensor:

@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .decay import add_decayed, opmath
+from .decay import computing_dtype
 from .pipeline import (
     COMPILED,
     TRACING,
     Pipeline,
     Tensors,
-    keep_of,
     pieces,
     run_leading,
     signed,
     sliceable,
 )
+from .stages import times
 
 
 class Loop:
@@ -96,7 +96,8 @@ def _whole(pipeline: Pipeline, layout: tuple) -> Callable[..., None]:
         piece = Tensors.unflatten(args[:-1], layout)
         batch = run_leading(pipeline, piece)
         update = signed(batch).to(piece.grad.dtype).flatten()
-        _add(pipeline, args[-1], update, keep_of(pipeline, piece, batch.decay))
+        keep = pipeline.keep(piece.hyper, batch.decay)
+        pipeline.move(args[-1], update, keep.reshape(()))
 
     return function
 
@@ -105,23 +106,11 @@ def move(
     pipeline: Pipeline, target: Tensor, update: Tensor, factors: Sequence[Tensor], keep: Any
 ) -> None:
     """``target ← keep·target + update·factors``, both ``[r, c]``; factors broadcast."""
-    keep = torch.as_tensor(keep, dtype=torch.float64).to(target.device, opmath(target))
+    keep = torch.as_tensor(keep, dtype=torch.float64).to(target.device, computing_dtype(target))
 
     def function(target: Tensor, update: Tensor, keep: Tensor, *factors: Tensor) -> None:
-        for factor in factors:
-            update = update * factor
-        _add(pipeline, target, update.to(target.dtype), keep)
+        pipeline.move(target, times(update, factors).to(target.dtype), keep)
 
     args = (target, update, keep, *factors)
     flags = (pipeline.decay_order, pipeline.cautious)
     COMPILED.fetch((move, flags, _signature(args)), lambda: Loop(function, args))(*args)
-
-
-def _add(pipeline: Pipeline, target: Tensor, update: Tensor, keep: Tensor) -> None:
-    add_decayed(
-        target,
-        update,
-        keep.reshape(()),
-        after=pipeline.decay_order == "after",
-        cautious=pipeline.cautious,
-    )

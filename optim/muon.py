@@ -257,12 +257,8 @@ class ShapeKeyedOrthogonalize(Stage):
         return chosen
 
     def __call__(self, batch: Batch) -> Batch:
-        s = replace_schedule(self.settings, self.schedule(*batch.update.shape[-2:]))
+        s = self.settings._replace(schedule=self.schedule(*batch.update.shape[-2:]))
         return batch.with_(polar.apply_settings(batch.update, s))
-
-
-def replace_schedule(s: polar.Settings, schedule: co.Schedule) -> polar.Settings:
-    return s._replace(schedule=schedule)
 
 
 def _root(group: Mapping[str, Any]) -> Pipeline:

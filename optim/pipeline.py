@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, fx
 
 from . import kernel_products
+from .decay import add_decayed, computing_dtype
 from .products import scratch
-from .stages import Batch, Stage, StateSpec
+from .stages import Batch, Stage, StateSpec, times
 
 #: Elementwise work on large matrices on CPUs is done this many entries a thread at a time, so that
 #: temporaries stay in cache and are not fresh pages: several times faster than whole matrices.
@@ -83,6 +84,16 @@ class Pipeline:
     def reads_ndim(self) -> bool:
         return any(s.reads_ndim for s in self.stages)
 
+    def keep(self, hyper: Mapping[str, Tensor], decay: Tensor | None = None) -> Tensor:
+        """The factor ``1 - lr·λ`` on the parameters, ``decay`` being the batch's multiplier of λ."""
+        rate = hyper["lr"] * hyper["weight_decay"] * self.decay_factor
+        return 1 - (rate if decay is None else rate * decay)
+
+    def move(self, target: Tensor, update: Tensor, keep: Any) -> None:
+        """``target ← keep·target + update``, in this pipeline's way; see :func:`add_decayed`."""
+        after = self.decay_order == "after"
+        add_decayed(target, update, keep, after=after, cautious=self.cautious)
+
     def states(self, rows: int, cols: int) -> dict[str, StateSpec]:
         return {k: v for s in self.stages for k, v in s.states(rows, cols).items()}
 
@@ -122,11 +133,6 @@ class Tensors:
         return Tensors(grad, state, hyper, constants, step, next(items) if layout[4] else None)
 
 
-def computing_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Stages compute in float32 for half-precision parameters, else in the parameter's dtype."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
 def finite_mask(grad: Tensor) -> Tensor:
     """``[B, 1, 1]``: which matrices hold only finite numbers (one pass, no overflow)."""
     return torch.isfinite(grad.abs().amax((-2, -1), keepdim=True))
@@ -134,7 +140,7 @@ def finite_mask(grad: Tensor) -> Tensor:
 
 def make_batch(t: Tensors, ok: Tensor | None = None) -> Batch:
     """What the first stage sees; matrices outside the mask ``ok`` have zero gradients."""
-    dtype = computing_dtype(t.grad.dtype)
+    dtype = computing_dtype(t.grad)
     grad = t.grad.to(dtype)
     if ok is not None:
         grad = torch.where(ok, grad, 0.0)
@@ -142,7 +148,7 @@ def make_batch(t: Tensors, ok: Tensor | None = None) -> Batch:
         direction=grad,
         grad=grad,
         param=None if t.param is None else t.param.to(dtype),
-        state={k: v.to(computing_dtype(v.dtype)) for k, v in t.state.items()},
+        state={k: v.to(computing_dtype(v)) for k, v in t.state.items()},
         hyper=t.hyper,
         constants=t.constants,
         step=None if t.step is None else t.step + 1,
@@ -163,16 +169,7 @@ def factors_of(batch: Batch) -> list[Tensor]:
 
 def signed(batch: Batch) -> Tensor:
     """What is added to the parameters."""
-    out = batch.direction
-    for factor in factors_of(batch):
-        out = out * factor
-    return out
-
-
-def keep_of(pipeline: Pipeline, t: Tensors, decay: Tensor | None) -> Tensor:
-    """The factor ``1 - lr·λ`` on the parameters, ``decay`` being the batch's multiplier of λ."""
-    rate = t.hyper["lr"] * t.hyper["weight_decay"] * pipeline.decay_factor
-    return 1 - (rate if decay is None else rate * decay)
+    return times(batch.direction, factors_of(batch))
 
 
 def pieces(
@@ -238,7 +235,7 @@ def run_in_pieces(
         return False
     for b, span, piece in pieces(t, names):
         batch = run_leading(pipeline, piece)
-        keep = None if batch.decay is None else keep_of(pipeline, t, batch.decay)
+        keep = None if batch.decay is None else pipeline.keep(t.hyper, batch.decay)
         sink(b, span, signed(batch).to(t.grad.dtype).flatten(), keep)
     if t.step is not None:
         t.step.add_(1)
@@ -265,7 +262,7 @@ def run_unscaled(
         names, batch = [], make_batch(t)
     else:
         stages = stages[len(pipeline.leading) :]
-        like = t.grad.new_empty(0, dtype=computing_dtype(t.grad.dtype))
+        like = t.grad.new_empty(0, dtype=computing_dtype(t.grad))
         update = scratch("direction", t.grad.shape, like)
         flat, decays = update.flatten(1), {}
         size = t.grad[0].numel() if lead is not None else None
@@ -285,7 +282,7 @@ def run_unscaled(
             old.copy_(batch.state[key])
     if t.step is not None:
         t.step.add_(1)
-    keep = None if batch.decay is None else keep_of(pipeline, t, batch.decay)
+    keep = None if batch.decay is None else pipeline.keep(t.hyper, batch.decay)
     return batch.direction, factors_of(batch), keep
 
 
@@ -306,7 +303,7 @@ def run(pipeline: Pipeline, t: Tensors, masked: bool) -> tuple[Tensor, Tensor | 
     update = signed(batch)
     decay = batch.decay
     if decay is not None or ok is not None:
-        decay = keep_of(pipeline, t, decay)
+        decay = pipeline.keep(t.hyper, decay)
     if ok is not None:
         update = torch.where(ok, update, 0.0)
         assert decay is not None

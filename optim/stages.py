@@ -10,7 +10,7 @@ scheduler may move are 0-d tensors in ``Batch.hyper``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -66,10 +66,7 @@ class Batch:
     @property
     def update(self) -> Tensor:
         """``[B, r, c]``, the direction with its factors multiplied."""
-        out = self.direction
-        for factor in self.factors:
-            out = out * factor
-        return out
+        return times(self.direction, self.factors)
 
     def with_(self, update: Tensor, **state: Tensor) -> Batch:
         """This batch with a new update and the named states replaced."""
@@ -85,8 +82,9 @@ class Stage:
     """Base class. Subclasses are frozen dataclasses implementing ``__call__``.
 
     Class attributes: ``elementwise`` (each entry on its own: needs no matrix), ``transposable``
-    (commutes with transposition, so a shape and its transpose may share a batch), ``reads_param``,
-    ``counts_steps``, ``reads_ndim`` (wants the constant ``is_vector``: 1 for 0-D and 1-D parameters).
+    (commutes with transposition, so a shape and its transpose may share a batch), ``reads_param`` (reads
+    ``param``, or ``grad`` after a stage that replaced the update), ``counts_steps``, ``reads_ndim``
+    (wants the constant ``is_vector``: 1 for 0-D and 1-D parameters).
     """
 
     elementwise: ClassVar[bool] = False
@@ -451,6 +449,12 @@ class UnitRMS(Stage):
 
 
 # -- helpers ---------------------------------------------------------------------------------------
+
+
+def times(x: Tensor, factors: Sequence[Tensor | float]) -> Tensor:
+    for factor in factors:
+        x = x * factor
+    return x
 
 
 def frobenius(x: Tensor) -> Tensor:

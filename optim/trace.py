@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..passes.errors import NormfuseError
-from .base import MatrixOptimizer
+from .base import MatrixOptimizer, parameter_name
 from .batching import batch_newton_schulz
 from .delegate import Delegate
 from .pipeline import TRACING
@@ -282,7 +282,7 @@ class _Traced:
         owners: dict[tuple[Any, ...], str] = {}
         for gi, group in enumerate(opt.param_groups):
             for pi, p in enumerate(group["params"]):
-                name = _name(group, gi, pi)
+                name = parameter_name(group, gi, pi)
                 state = opt.state.get(p, {})
                 tensors = {None: p, "": p.grad, **state}
                 for key, value in tensors.items():
@@ -472,11 +472,6 @@ class _Traced:
                 state[key] = int(value) if whole else value
             elif id(value) not in known and state[key].data_ptr() != value.data_ptr():
                 state[key].copy_(value)
-
-
-def _name(group: dict[str, Any], number: int, index: int) -> str:
-    names = group.get("param_names")
-    return str(names[index]) if names else f"parameter {index} of group {number}"
 
 
 def _check_tensor(t: Tensor, what: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
-from .decay import opmath
+from .decay import computing_dtype
 from .delegate import Delegate
 from .groups import observing
 
@@ -66,7 +66,7 @@ class NormalizeAndProject(Delegate):
             for p, norm in zip(self.projected, self.norms, strict=True):
                 now = _norm(p)
                 usable = (now > 0) & (norm > 0) & torch.isfinite(now)
-                ratio = torch.where(usable, norm / now, 1.0).to(opmath(p))
+                ratio = torch.where(usable, norm / now, 1.0).to(computing_dtype(p))
                 p.copy_(p * ratio.view(1))  # one-dimensional: half precision would round the ratio
         return loss
 

@@ -10,6 +10,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from normfuse import optim
+from normfuse.optim.adaptive import Dampened
+from normfuse.optim.pipeline import Pipeline
+from normfuse.optim.stages import UnitRMS
 from torch import nn
 
 MEMBERS = {
@@ -142,6 +145,27 @@ def check(world, folder):
     with pytest.warns(UserWarning, match="w is a DTensor"):
         optim.compile(torch.optim.SGD([("w", q)], 0.5)).step()
     torch.testing.assert_close(q.detach().full_tensor(), fused / 2)
+
+    # a multiplier of the decay that an elementwise stage gives
+    tail = optim.base.Algorithm(
+        "dampened",
+        lambda group: Pipeline(
+            (Dampened(0.1), UnitRMS()) if group["whole"] else (Dampened(0.1),), ("momentum",)
+        ),
+        {"momentum": 0.9, "whole": False},
+    )
+    for whole in (False, True):
+        cls = type("Tail", (optim.base.MatrixOptimizer,), {"algorithm": tail})
+        want = nn.Parameter(parameters()[0])
+        p = nn.Parameter(distribute_tensor(parameters()[0], line, [Shard(0)]))
+        kw = {"lr": 0.05, "weight_decay": 0.1, "whole": whole}
+        alone, opt = cls([want], kw), cls([p], kw)
+        for i in range(2):
+            want.grad = gradients(i)[0]
+            p.grad = distribute_tensor(want.grad, line, [Shard(0)])
+            alone.step()
+            opt.step()
+        torch.testing.assert_close(p.detach().full_tensor(), want.detach())
 
     # wrappers
     q = nn.Parameter(distribute_tensor(fused, line, [Shard(0)]))
