@@ -1,5 +1,7 @@
 """What every exact pass must satisfy, and generators of small models to try it on."""
 
+import cProfile
+
 import sympy
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,13 @@ def proves(pairs):
         symbol = min(left.free_symbols, key=str)
         changed = (left - right.subs(symbol, symbol + 1)).applyfunc(sympy.simplify)
         assert changed != sympy.zeros(*left.shape)
+
+
+def calls(f):
+    """How many calls ``f()`` makes: what it costs, whatever else the machine does meanwhile."""
+    profile = cProfile.Profile()
+    profile.runcall(f)
+    return sum(entry.callcount for entry in profile.getstats())
 
 
 def rewrite(model, args, *chosen, **context):

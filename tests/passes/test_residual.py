@@ -2,7 +2,6 @@
 
 import itertools
 import operator
-import time
 import xml.etree.ElementTree as ET
 
 import networkx as nx
@@ -15,6 +14,7 @@ from normfuse.passes import ir
 from normfuse.passes.axis import Axis, operands, result_axis, through_reshape, users
 from normfuse.passes.residual import streams
 from normfuse.passes.zero_mean import centered_streams
+from properties import calls
 from stream_models import Attention, EncoderDecoder, LowPrecision, Mlp, Toy
 from torch import nn
 
@@ -514,11 +514,12 @@ def tall(blocks, d=8):
 
 
 def test_cost_is_linear_in_depth():
-    gm = tall(1000)
-    start = time.perf_counter()
+    counts = []
+    for depth in (250, 1000):
+        gm = tall(depth)
+        counts.append(calls(lambda gm=gm: centered_streams(streams(gm))))
+    assert counts[1] < 4.5 * counts[0]
     (s,) = streams(gm)
-    centered_streams([s])
-    assert time.perf_counter() - start < 5
     assert len(s.norms) == 1001 and len(s.adds) == 1000
     assert s.graph.number_of_nodes() == len(s.writers) + len(s.adds) + len(s.readers)
 
