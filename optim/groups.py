@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -49,10 +50,12 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.params = params
         self.active = {id(t) for t in inputs}
+        # which input a tensor is, but for its form, and the matrices that multiply an input
+        self.raw = {id(t): i for i, t in enumerate(inputs)}
+        self.readers: dict[int, set[str]] = {}
         self.uses: dict[str, set[str]] = {n: set() for n in params.values()}
         self.copies: dict[int, str] = {}
-        self.sources: dict[int, frozenset[str]] = {}
-        self.order: list[str] = []
+        self.sources: dict[int, frozenset[str | None]] = {}
         self._keep: list[Tensor] = []  # ids stay unique while tensors live
 
     def _owner(self, t: Tensor) -> str | None:
@@ -82,21 +85,32 @@ class _Watch(TorchDispatchMode):
             if op in _CONVOLUTIONS
             else "other"
         )
-        from_params: set[str] = set()
-        inherited: frozenset[str] = frozenset()
+        from_params: list[str] = []
+        above: set[frozenset[str | None]] = set()
         for i, t in enumerate(tensors):
             name = self._owner(t)
             if name is None:
-                inherited |= self.sources.get(id(t), frozenset())
+                above.add(self.sources.get(id(t), frozenset()))
             elif name != stands_for and not all(self._owner(o) == name for o in outputs):
                 # (a view is no use)
                 bias = kind in ("product", "convolution") and t.ndim < 2 and i != 1
                 self.uses[name].add("other" if bias else kind)
                 if kind in ("product", "convolution") and not bias:
-                    from_params.add(name)
-                    self.order.append(name)
-        tag = frozenset(from_params) if from_params else inherited
+                    from_params.append(name)
+        # whose output this is: one matrix's, several that are joined, or, of a sum, nobody's
+        above = {frozenset(from_params)} if from_params else above - {frozenset()}
+        tag: frozenset[str | None] = frozenset().union(*above)
+        if len(from_params) > 1 or (len(above) > 1 and op not in ("cat", "stack")):
+            tag = frozenset((None,))
+        roots = {self.raw.get(id(t)) for t in tensors if id(t) in self.active}
+        root = roots.pop() if len(roots) == 1 else None
+        matrix = any(self._owner(t) and t.ndim > 1 for t in tensors)
+        if root is not None and from_params:
+            self.readers.setdefault(root, set()).add(from_params[0])
         for o in outputs:
+            self.raw.pop(id(o), None)
+            if root is not None and kind in ("other", "lookup") and not matrix:
+                self.raw[id(o)] = root
             self.sources[id(o)] = tag
             self._keep.append(o)
             if active:
@@ -121,19 +135,19 @@ def observing(model: nn.Module) -> Iterator[None]:
 
 def _observe(
     model: nn.Module, params: Mapping[int, str], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[dict[str, set[str]], str | None, str | None]:
-    """``(uses by name, head, first product fed by the raw input)``; head None if none stands out."""
+) -> tuple[dict[str, set[str]], set[str], set[str]]:
+    """``(uses by name, heads, products fed by a raw input)``. Several heads: the output is joined from
+    theirs. An input that several matrices multiply (queries, keys, values) is a hidden stream."""
     inputs = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
     with observing(model), torch.no_grad(), _Watch(params, inputs) as watch:
         out = model(*args, **kwargs)
     leaves = [t for t in tree_flatten(_plain(out))[0] if isinstance(t, Tensor)]
     # caches and attention maps also come back; the head feeds the first output and the logits
-    tags = [watch.sources.get(id(t), frozenset()) for t in leaves[:2]]
-    sources = frozenset().union(*tags) if tags else frozenset()
-    head = next(iter(sources)) if len(sources) == 1 else None
-    looked_up = any("lookup" in u for u in watch.uses.values())
-    first = watch.order[0] if watch.order and not looked_up else None
-    return watch.uses, head, first
+    tags = {watch.sources.get(id(t), frozenset()) for t in leaves[:2]} - {frozenset()}
+    sources = tags.pop() if len(tags) == 1 else frozenset()
+    heads = {n for n in sources if n is not None and None not in sources}
+    first = {n for names in watch.readers.values() if len(names) == 1 for n in names}
+    return watch.uses, heads, first
 
 
 def _plain(out: Any) -> Any:
@@ -144,8 +158,12 @@ def _plain(out: Any) -> Any:
     return out
 
 
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
+
+
 def _role_by_use(p: Tensor, uses: set[str], module: nn.Module) -> str:
-    if "lookup" in uses:
+    # (a table of relative positions is multiplied, as activations are)
+    if "lookup" in uses or isinstance(module, _TABLES):
         return "embedding"
     if p.ndim < 2:
         return "vector"
@@ -157,23 +175,37 @@ def _role_by_use(p: Tensor, uses: set[str], module: nn.Module) -> str:
 
 
 def _filter_role(p: Tensor, module: nn.Module) -> str:
-    # one input channel per group: rows share nothing that could be orthogonal
-    return "vector" if p.shape[1] == 1 and getattr(module, "groups", 1) > 1 else "filter"
+    # one input channel per group: rows share nothing that could be orthogonal; one entry a row: gains
+    depthwise = p.shape[1] == 1 and getattr(module, "groups", 1) > 1
+    return "vector" if depthwise or p.numel() == p.shape[0] else "filter"
 
 
 def _role_by_type(p: Tensor, module: nn.Module) -> str:
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+    if isinstance(module, _TABLES):
         return "embedding"
     if p.ndim < 2:
         return "vector"
     if isinstance(module, nn.modules.conv._ConvNd):
         return _filter_role(p, module)
     if p.ndim == 2:
+        stacks = (q for q in module.parameters(recurse=False) if q.ndim == 3)
+        if any(q.shape[0] == p.shape[0] and p.shape[1] in q.shape[1:] for q in stacks):
+            return "vector"  # a bias for each matrix of a stack
         # a column or row that is no layer's weight scales something (weight normalization's gains)
         return "hidden" if isinstance(module, nn.Linear) or 1 not in p.shape else "vector"
-    if p.ndim == 3 and p.shape[0] > 1:
+    if p.ndim == 3 and 1 not in p.shape:
         return "stack"
     return "vector"
+
+
+def _host(model: nn.Module, prefix: str, module: nn.Module, p: Tensor) -> nn.Module:
+    """The layer whose weight is ``p``; that of a computed weight has it in a list of its own."""
+    if not isinstance(module, ParametrizationList):
+        return module
+    sizes = [q.numel() for q in module.parameters(recurse=False)]
+    if p.numel() < max(sizes):  # gains
+        return module
+    return model.get_submodule(prefix[: prefix.rindex("parametrizations")].rstrip("."))
 
 
 def param_groups(
@@ -191,8 +223,8 @@ def param_groups(
     Args:
         model: its trainable parameters are grouped; tied ones appear once.
         args, kwargs: example inputs. With them roles come from one run in eval mode; without, from
-            module types, and the head is the linear tied to or as wide as a lookup table, else the
-            last linear.
+            module types, and the head is the linear tied to a lookup table, or the only one as wide as
+            one, else the last linear.
         split: how fused matrices come apart: name pattern to a ``split`` entry (number of parts,
             sizes, or ``(dim, parts)``), or a function of name and parameter returning one or None.
         matrix: extra entries of the groups of matrices.
@@ -209,19 +241,19 @@ def param_groups(
             if isinstance(p, nn.parameter.UninitializedTensorMixin):
                 raise ValueError(f"{full} has no shape yet: run the model once, then group it")
             entry = owners.setdefault(id(p), (full, p, []))
-            entry[2].append(module)
+            entry[2].append(_host(model, prefix, module, p))
     owners = {k: v for k, v in owners.items() if v[1].requires_grad}
     names = {k: v[0] for k, v in owners.items()}
 
     roles: dict[str, str] = {}
     if args is not None or kwargs is not None:
-        uses, head, first = _observe(model, names, args or (), kwargs or {})
+        uses, heads, first = _observe(model, names, args or (), kwargs or {})
         for name, p, modules in owners.values():
             roles[name] = _role_by_use(p, uses[name], modules[0])
-        if head is not None and roles.get(head) in ("hidden", "filter"):
-            roles[head] = "head"
-        if first is not None and roles.get(first) in ("hidden", "filter") and len(roles) > 2:
-            roles[first] = "input"
+        for role, found in (("head", heads), ("input", first if len(roles) > 2 else ())):
+            for name in found:
+                if roles[name] in ("hidden", "filter"):
+                    roles[name] = role
     else:
         for name, p, modules in owners.values():
             by_type = [_role_by_type(p, m) for m in modules]
@@ -270,11 +302,11 @@ def _guess_ends(
         roles[n] == "embedding" and any(isinstance(m, nn.Linear) for m in ms)
         for n, _, ms in owners.values()
     )
-    wide = [n for n, p in linears if p.shape[0] in tables]
-    if wide:
-        roles[wide[-1]] = "head"
-    elif linears and not tied:
-        roles[linears[-1][0]] = "head"
+    if linears and not tied:
+        # several linears as wide as a table: a table as wide as the model, of positions for instance
+        widths = [p.shape[0] for _, p in linears]
+        wide = [n for n, p in linears if p.shape[0] in tables and widths.count(p.shape[0]) == 1]
+        roles[wide[-1] if wide else linears[-1][0]] = "head"
     filters = [n for n, _, _ in owners.values() if roles[n] == "filter"]
     if filters and not tables:
         roles[filters[0]] = "input"

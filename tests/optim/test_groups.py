@@ -224,3 +224,95 @@ def test_library_modules_and_computed_weights():
 def test_lazy_models_are_named():
     with pytest.raises(ValueError, match=r"1\.weight has no shape yet"):
         optim.param_groups(nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(3)))
+
+
+class Patches(nn.Module):
+    """Images beside tokens, relative positions used as activations, and two heads joined."""
+
+    def __init__(self, d=16):
+        super().__init__()
+        self.patch = nn.Conv2d(3, d, 4, 4)
+        self.frozen = nn.Conv2d(3, 3, 3, padding=1)
+        self.frozen.requires_grad_(False)
+        self.after = nn.Conv2d(3, d, 4, 4)
+        self.words = nn.Embedding(11, d)
+        self.places = nn.Embedding(16, d)  # as wide a table as the model
+        self.key = nn.Linear(d, d)
+        self.value = nn.Linear(d, d)
+        self.heads = nn.ModuleList([nn.Linear(d, 7), nn.Linear(d, 7)])
+
+    def forward(self, image, ids):
+        x = self.patch((image - 0.5) / 0.2).flatten(2).mT + self.words(ids)
+        x = x + self.after(self.frozen(image)).flatten(2).mT
+        x = x + (x @ self.key(self.places.weight).T) @ self.value(self.places.weight)
+        return torch.stack([head(x) for head in self.heads]).flatten(0, 1)
+
+
+def test_inputs_tables_and_heads_by_what_they_do():
+    groups = optim.param_groups(
+        Patches(), (torch.rand(2, 3, 16, 16), torch.zeros(2, 16, dtype=torch.long)), verbose=False
+    )
+    got = {n.removesuffix(".weight"): r for n, r in roles(groups).items() if "bias" not in n}
+    assert got == {
+        "patch": "input",  # whatever else is looked up
+        "after": "filter",  # what reads a frozen trunk reads no raw input
+        "words": "embedding",
+        "places": "embedding",  # multiplied, never looked up
+        "key": "hidden",
+        "value": "hidden",
+        "heads.0": "head",
+        "heads.1": "head",
+    }
+
+
+def test_what_several_matrices_read_is_a_stream():
+    class Attend(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(8)
+            self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            y = self.norm(x)
+            return x + F.scaled_dot_product_attention(self.q(y), self.k(y), self.v(y))
+
+    model = nn.Sequential(Attend(), nn.Linear(8, 3))
+    got = roles(optim.param_groups(model, (torch.randn(2, 5, 8),), verbose=False))
+    assert {got[f"0.{n}.weight"] for n in "qkv"} == {"hidden"} and got["1.weight"] == "head"
+
+
+def test_by_type_gains_stacked_biases_and_tables_as_wide_as_the_model():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(4, 8, 12))
+            self.up_bias = nn.Parameter(torch.randn(4, 12))
+
+    norm = nn.utils.parametrizations.weight_norm
+    with pytest.warns(FutureWarning):
+        old = nn.utils.weight_norm(nn.Conv1d(4, 6, 3))
+    model = nn.ModuleDict(
+        {
+            "words": nn.Embedding(11, 8),
+            "places": nn.Embedding(8, 8),
+            "experts": Experts(),
+            "conv": norm(nn.Conv1d(4, 6, 3)),
+            "depthwise": norm(nn.Conv1d(6, 6, 3, groups=6)),
+            "old": old,
+            "out": nn.Linear(8, 8),
+            "again": nn.Linear(8, 8),
+            "head": nn.Linear(8, 11, bias=False),
+            "pooler": nn.Linear(8, 5),
+        }
+    )
+    got = roles(optim.param_groups(model, verbose=False))
+    assert got["experts.up"] == "stack" and got["experts.up_bias"] == "vector"
+    for name, role in (("conv", "filter"), ("depthwise", "vector")):
+        assert got[f"{name}.parametrizations.weight.original0"] == "vector"
+        assert got[f"{name}.parametrizations.weight.original1"] == role
+    assert got["old.weight_g"] == "vector" and got["old.weight_v"] == "filter"
+    assert got["out.weight"] == got["again.weight"] == "hidden"
+    assert got["head.weight"] == "head"
+    model["head"].weight = model["words"].weight  # tied: there is no other head
+    got = roles(optim.param_groups(model, verbose=False))
+    assert "head" not in got.values() and got["words.weight"] == "embedding"
