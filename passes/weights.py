@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import operator
 import threading
+import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -130,9 +132,16 @@ class WeightProgram:
 
     def __init__(self, module: fx.GraphModule, leaves: list[int], size: int) -> None:
         self.module, self.leaves, self.bytes = module, leaves, size
-        text = "\n".join(n.format_node() or "" for n in module.graph.nodes)
+        # by position, not by name: graphs that fold the same weights share the results
+        place = {n: f"%{i}" for i, n in enumerate(module.graph.nodes)}
+        text = "\n".join(
+            f"{ir.dtype(n)} {tuple(ir.val(n).shape)}"
+            if n.op == "placeholder"
+            else f"{n.target} {fx.map_arg((n.args, n.kwargs), lambda m: place[m])}"
+            for n in module.graph.nodes
+        )
         for name, constant in sorted(module.named_buffers()):
-            text += f"\n{name}: {constant.tolist()}"
+            text += f"\n{name}: {constant.dtype} {constant.tolist()}"
         self.key = hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -211,8 +220,28 @@ def _reader_name(node: fx.Node, inside: set[fx.Node]) -> str | None:
 _version = operator.attrgetter("_version")
 
 
+class _Entry:
+    """Folded tensors of one tuple of weights, and what those weights were."""
+
+    def __init__(self, folded: tuple[torch.Tensor, ...], references: list[Any]) -> None:
+        self.folded, self.references = folded, references
+        self.tracked: list[int] | None = None
+        self.versions: list[int] = []
+        self.pointers: list[int] | None = None  # to be folded anew
+
+    def stands(self, leaves: Sequence[torch.Tensor]) -> bool:
+        tracked = leaves if self.tracked is None else [leaves[i] for i in self.tracked]
+        return (
+            list(map(_version, tracked)) == self.versions
+            and list(map(torch.Tensor.data_ptr, leaves)) == self.pointers
+        )
+
+
 class WeightCache:
     """Runs a weight program once and again when one of its weights has changed.
+
+    One compiled graph may serve any number of models (the blocks of one, compiled one by one), so
+    there are results for every tuple of weights, which go when one of those weights goes.
 
     A change is noticed by tensor identity, storage address and version counter: in-place updates
     under autograd's eyes, ``load_state_dict``, ``.to()`` and re-assignment all count, and so does the
@@ -220,73 +249,97 @@ class WeightCache:
     to inference tensors leaves no trace: call :meth:`refresh` (or ``normfuse.refresh()``) after those.
 
     Results keep their addresses across refreshes when shapes allow, as CUDA graphs require.
+
+    Args:
+        limit: bytes that all results together may take. Beyond it, the latest makes room.
     """
 
-    def __init__(self, program: WeightProgram) -> None:
-        self.program = program
+    def __init__(self, program: WeightProgram, limit: float = math.inf) -> None:
+        self.program, self.limit = program, limit
         self._lock = threading.Lock()
-        self._leaves: list[torch.Tensor] = []
-        self._tracked: list[torch.Tensor] = []
-        self._versions: list[int] = []
-        self._pointers: list[int] = []
-        self._folded: tuple[torch.Tensor, ...] | None = None
+        self._entries: dict[tuple[int, ...], _Entry] = {}
+        self._warned = False
         _live.add(self)
         _watch_optimizers()
 
     def __call__(self, leaves: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Folded tensors for ``leaves`` (in the order of ``program.leaves``)."""
-        if (
-            self._folded is not None
-            and all(map(operator.is_, leaves, self._leaves))
-            and list(map(_version, self._tracked)) == self._versions
-            and list(map(torch.Tensor.data_ptr, leaves)) == self._pointers
-        ):
-            return self._folded
+        entry = self._entries.get(tuple(map(id, leaves)))
+        if entry is not None and entry.stands(leaves):
+            return entry.folded
         return self._run(leaves)
 
-    def refresh(self) -> None:
-        """Forget the cached results; the next call recomputes them."""
+    def refresh(self, ids: set[int] | None = None) -> None:
+        """Fold anew at the next call (``ids``: only what a tensor with one of these went into)."""
         with self._lock:
-            self._pointers = [-1]
-
-    def reads(self, ids: set[int]) -> bool:
-        """True if one of the weights it folded has its ``id`` among these."""
-        return any(id(t) in ids for t in self._leaves)
+            for key in list(self._entries):
+                entry = self._entries.get(key)  # weights may go at any time
+                if entry is not None and (ids is None or not ids.isdisjoint(key)):
+                    entry.pointers = None
 
     @property
     def bytes(self) -> int:
-        return self.program.bytes if self._folded is not None else 0
+        return self.program.bytes * len(self._entries)
 
     def _run(self, leaves: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         with self._lock, torch.no_grad():
-            versions_of = [t for t in leaves if not t.is_inference()]
-            versions = list(map(_version, versions_of))
+            tracked = [i for i, t in enumerate(leaves) if not t.is_inference()]
+            versions = [leaves[i]._version for i in tracked]
             device_types = {t.device.type for t in leaves}
             with _autocast_off(device_types):
                 fresh = self.program.module(*leaves)
-            old = self._folded
-            if old is not None and all(
+            entry = self._entries.get(tuple(map(id, leaves)))
+            if entry is not None and all(
                 a.shape == b.shape
                 and a.dtype == b.dtype
                 and a.device == b.device
                 and a.stride() == b.stride()
                 and not a.is_inference()
-                for a, b in zip(old, fresh, strict=True)
+                for a, b in zip(entry.folded, fresh, strict=True)
             ):
-                for a, b in zip(old, fresh, strict=True):
+                for a, b in zip(entry.folded, fresh, strict=True):
                     a.copy_(b)
-                fresh = old
             else:
                 # results must not share storage with a weight: it may be written in place
                 owned = {t.untyped_storage().data_ptr() for t in leaves}
-                fresh = tuple(
-                    t.clone() if t.untyped_storage().data_ptr() in owned else t.detach()
-                    for t in fresh
+                entry = self._add(
+                    leaves,
+                    tuple(
+                        t.clone() if t.untyped_storage().data_ptr() in owned else t.detach()
+                        for t in fresh
+                    ),
                 )
-            self._leaves, self._tracked, self._versions = list(leaves), versions_of, versions
-            self._pointers = list(map(torch.Tensor.data_ptr, leaves))
-            self._folded = fresh
-            return fresh
+            entry.tracked = tracked if len(tracked) < len(leaves) else None
+            entry.versions = versions
+            entry.pointers = list(map(torch.Tensor.data_ptr, leaves))
+            return entry.folded
+
+    def _add(self, leaves: Sequence[torch.Tensor], folded: tuple[torch.Tensor, ...]) -> _Entry:
+        key = tuple(map(id, leaves))
+        self._entries.pop(key, None)
+        while self._entries and self.bytes + self.program.bytes > self.limit:
+            self._entries.popitem()
+            self._warn()
+        cache = weakref.ref(self)  # a cycle would keep the results until it is collected
+
+        def gone(_: Any) -> None:
+            if (living := cache()) is not None:
+                living._entries.pop(key, None)
+
+        entry = _Entry(folded, [weakref.ref(t, gone) for t in leaves])
+        self._entries[key] = entry
+        return entry
+
+    def _warn(self) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            "one compiled graph serves several modules, and their folded weights take more than "
+            f"max_folded_bytes ({self.limit / 2**20:.0f} MiB): some are folded at every call. Compile "
+            "the whole model at once, raise the limit, or disable the passes that fold",
+            stacklevel=5,
+        )
 
 
 _live: weakref.WeakSet[WeightCache] = weakref.WeakSet()
@@ -305,8 +358,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
         return
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for cache in list(_live):
-        if cache.reads(stepped):
-            cache.refresh()
+        cache.refresh(stepped)
 
 
 class _autocast_off:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,7 +37,7 @@ from ..passes.report import Report
 from ..passes.snapshot import copy_graph
 from ..passes.subgraphs import dissolve, emit_dynamo, outline
 from ..passes.verify import check_recognition, check_working
-from ..passes.weights import WeightCache, keep_nonfinite, mark_recompute, split
+from ..passes.weights import WeightCache, WeightProgram, keep_nonfinite, mark_recompute, split
 from . import autotune_cache, kernel_failures, lower_checks
 from .lower import expand
 from .lower_kernels import lower_to_kernels, summary
@@ -150,16 +152,18 @@ def inductor(gm: fx.GraphModule, inputs: Sequence[Any], settings: Options) -> Ca
 class Program:
     """A rewritten graph, ready to be compiled, with its weight program if it has one.
 
-    ``spare`` makes the same program without kernels, for where one of them does not compile.
+    ``leaves`` are the inputs its weight program reads; ``spare`` makes the same program without
+    kernels, for where one of them does not compile.
     """
 
     def __init__(
         self,
         gm: fx.GraphModule,
-        cache: WeightCache | None,
+        cache: WeightCache | None = None,
+        leaves: Sequence[int] = (),
         spare: Callable[[], Program] | None = None,
     ) -> None:
-        self.gm, self.cache, self.spare = gm, cache, spare
+        self.gm, self.cache, self.leaves, self.spare = gm, cache, leaves, spare
 
     def compile(self, inputs: Sequence[Any], settings: Options) -> Callable:
         try:
@@ -190,9 +194,9 @@ class Program:
         cache = self.cache
         if cache is not None:
             mode = _fake_mode()
-            leaves = [inputs[i] for i in cache.program.leaves]
+            folded = cache([inputs[i] for i in self.leaves])
             # fakes with static shapes: Dynamo has no guards for tensors it never saw
-            inputs += [mode.from_tensor(t, static_shapes=True) for t in cache(leaves)]
+            inputs += [mode.from_tensor(t, static_shapes=True) for t in folded]
         with contextlib.ExitStack() as stack:
             for context in disabled(self.gm.meta.get("autocast", ())):
                 stack.enter_context(context)
@@ -200,7 +204,7 @@ class Program:
             compiled: Any = compile_fx(self.gm, inputs, config_patches=dict(settings.inductor))
         if cache is None:
             return compiled
-        return _with_folded(compiled, cache)
+        return _with_folded(compiled, cache, self.leaves)
 
 
 def _remember(gm: fx.GraphModule, device: torch.device, error: Exception) -> None:
@@ -215,11 +219,9 @@ def _remember(gm: fx.GraphModule, device: torch.device, error: Exception) -> Non
     kernel_failures.record(device, ", ".join(kernels), where, reason)
 
 
-def _with_folded(compiled: Callable, cache: WeightCache) -> Callable:
-    positions = cache.program.leaves
-
+def _with_folded(compiled: Callable, cache: WeightCache, leaves: Sequence[int]) -> Callable:
     def run(*args: Any) -> Any:
-        folded = cache([args[i] for i in positions])
+        folded = cache([args[i] for i in leaves])
         return compiled(*args, *folded)
 
     run.weight_cache = cache  # type: ignore[attr-defined]
@@ -320,12 +322,13 @@ def rewrite_dynamo(
         )
     if not applied and spare is None:
         return None
-    again = None if spare is None else lambda: _program(spare, inputs, training)
-    program = _program(traced, inputs, training, again)
+    limit = settings.max_folded_bytes if settings.policy == "pays" else math.inf
+    again = None if spare is None else lambda: _program(spare, training, limit)
+    program = _program(traced, training, limit, again)
     if program.cache is None:
         return program
     size = program.cache.program.bytes
-    if settings.policy == "pays" and size > settings.max_folded_bytes:
+    if size > limit:
         refuse_all(
             report,
             f"folded weights would take {size / 2**20:.0f} MiB beside the original ones, "
@@ -385,21 +388,21 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _program(
     gm: fx.GraphModule,
-    inputs: Sequence[Any],
     training: bool,
+    limit: float,
     spare: Callable[[], Program] | None = None,
 ) -> Program:
     """``gm`` with its weight program inline (training) or cut out and cached."""
     if training:
         mark_recompute(gm)
-        return Program(gm, None, spare)
+        return Program(gm, spare=spare)
     program = split(gm)
     if program is None:
-        return Program(gm, None, spare)
+        return Program(gm, spare=spare)
     for node in gm.graph.find_nodes(op="placeholder")[-_outputs(program) :]:
         node._dynamo_source = None
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-    return Program(gm, shared_cache(program, [inputs[i] for i in program.leaves]), spare)
+    return Program(gm, shared_cache(program, limit), program.leaves, spare)
 
 
 def refuse_all(report: Report, reason: str) -> None:
@@ -423,18 +426,10 @@ def _where(inputs: Sequence[Any]) -> torch.device:
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
 
 
-_caches: dict[tuple, Any] = {}
+_caches: weakref.WeakValueDictionary[tuple, WeightCache] = weakref.WeakValueDictionary()
 
 
-def shared_cache(program: Any, leaves: Sequence[torch.Tensor]) -> WeightCache:
-    """One cache for one program over the same weights, however many graphs use it."""
-    import weakref
-
-    key = (program.key, tuple(id(t) for t in leaves))
+def shared_cache(program: WeightProgram, limit: float) -> WeightCache:
+    """One cache for one program, however many graphs use it."""
     with _lock:
-        reference = _caches.get(key)
-        cache = reference() if reference is not None else None
-        if cache is None:
-            cache = WeightCache(program)
-            _caches[key] = weakref.ref(cache, lambda _: _caches.pop(key, None))
-        return cache
+        return _caches.setdefault((program.key, limit), WeightCache(program, limit))

@@ -1,13 +1,16 @@
 """Weight programs: split, cache, notice every change that leaves a trace."""
 
+import copy
 import threading
+import time
+import weakref
 
 import normfuse
 import pytest
 import torch
 from normfuse import passes
 from normfuse.passes import ir
-from normfuse.passes.weights import WeightCache, lift, program_nodes, split
+from normfuse.passes.weights import WeightCache, WeightProgram, lift, program_nodes, split
 from torch import nn
 
 aten = torch.ops.aten
@@ -171,3 +174,80 @@ def test_threads_get_one_consistent_result(cached):
     for t in threads:
         t.join()
     assert not errors and all(torch.equal(r, truth()) for r in results)
+
+
+def test_models_that_share_a_graph_are_folded_once_each_and_freed(cached):
+    model, cache, call, truth = cached
+    others = [copy.deepcopy(model) for _ in range(3)]
+    leaves = [[m[1].weight, m[0].weight] for m in others]
+    if not torch.equal(cache(leaves[0])[0], truth()):
+        leaves = [pair[::-1] for pair in leaves]
+    with torch.no_grad():
+        for i, m in enumerate(others):
+            m[0].weight.mul_(i + 2)
+    first = [cache(pair)[0] for pair in leaves]
+    assert all(cache(pair)[0] is f for pair, f in zip(leaves, first, strict=True))
+    for m, f in zip(others, first, strict=True):
+        assert torch.equal(f, m[1].weight * m[0].weight)
+    for p in others[1].parameters():
+        p.grad = torch.ones_like(p)
+    torch.optim.SGD(others[1].parameters(), 0.5).step()
+    for m, pair in zip(others, leaves, strict=True):
+        assert torch.equal(cache(pair)[0], m[1].weight * m[0].weight)
+    alive = [weakref.ref(t) for f in first for t in (f,)]
+    before = cache.bytes
+    del others, leaves, first, m, f, pair, p
+    assert not any(r() is not None for r in alive)  # without the garbage collector
+    assert cache.bytes == before - 3 * cache.program.bytes and call() is not None
+
+
+def test_programs_are_the_same_only_with_the_same_constants_and_sizes():
+    def key(size, constant, name="w"):
+        graph = torch.fx.Graph()
+        weight = graph.placeholder(name)
+        weight.meta["val"] = torch.empty(size)
+        graph.output((graph.call_function(aten.mul.Tensor, (weight, graph.get_attr("c"))),))
+        module = torch.fx.GraphModule({"c": torch.tensor(constant)}, graph)
+        return WeightProgram(module, [0], 0).key
+
+    assert key(4, 2.0) == key(4, 2.0, name="v")
+    assert len({key(4, 2.0), key(4, 3.0), key(5, 2.0)}) == 3
+
+
+def test_memory_of_models_that_share_a_graph_is_limited():
+    model, _, names, program = scaled_program()
+    cache = WeightCache(program, limit=2 * program.bytes)
+    models = [copy.deepcopy(model) for _ in range(4)]
+    with pytest.warns(UserWarning, match="max_folded_bytes") as said:
+        for _ in range(2):
+            for m in models:
+                [folded] = cache([m.get_parameter(names[i]) for i in program.leaves])
+                assert torch.equal(folded, m[1].weight * m[0].weight)
+                assert cache.bytes <= cache.limit
+    assert len(said) == 1
+
+
+def test_threads_with_models_that_share_a_graph():
+    model, _, names, program = scaled_program()
+    cache = WeightCache(program)
+    models = [copy.deepcopy(model) for _ in range(4)]
+    with torch.no_grad():
+        for i, m in enumerate(models):
+            m[0].weight.fill_(i + 1.0)
+    wrong = []
+
+    def work(m):
+        truth = m[1].weight * m[0].weight
+        leaves = [m.get_parameter(names[i]) for i in program.leaves]
+        for _ in range(300):
+            folded = cache(leaves)[0]
+            time.sleep(0)  # the others' turn, before it is used
+            if not torch.equal(folded, truth):
+                wrong.append(m)
+
+    threads = [threading.Thread(target=work, args=(m,)) for m in models]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
