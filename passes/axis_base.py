@@ -73,6 +73,8 @@ def through_reshape(source: Sequence, target: Sequence, axis: Axis) -> Axis | No
     right: Any = 1
     rank = len(target)
     for d in range(-1, -rank - 1, -1):
+        if ir.same_dim(target[d], 1) and not ir.same_dim(n, 1):
+            continue  # holds nothing
         inner = _exact_ratio(stride, right)
         outer = _exact_ratio(right * target[d], stride * n)
         if inner is not None and outer is not None:

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from . import ir, normal_rules, normal_stats  # noqa: F401  (they fill the rule table)
-from .normal_facts import Miss, Norm, bind, is_cast, packet
+from .normal_facts import Miss, Norm, is_cast, packet
 from .normal_form import NormalForm
 from .report import Site
 
@@ -95,7 +95,7 @@ def plain_casts(gm: fx.GraphModule) -> None:
         source = node.args[0]
         if source.meta.get("mutated") or node.target._schema.is_mutable:
             continue
-        args = bind(node)
+        args = ir.bind(node)
         if args.get("copy") or args.get("memory_format") not in (None, torch.preserve_format):
             continue
         if args.get("layout") not in (None, torch.strided) or args.get("pin_memory"):

@@ -119,12 +119,19 @@ def is_weight(node: Any) -> bool:
     )
 
 
+def bind(node: fx.Node) -> dict[str, Any]:
+    """All arguments of a call by schema name, defaults included."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {a.name: a.default_value for a in schema}
+    given.update({a.name: v for a, v in zip(schema, node.args, strict=False)})
+    return {**given, **node.kwargs}
+
+
 def running_stats_written(node: fx.Node) -> list[fx.Node]:
     """Buffers that a batch or instance norm updates although its schema does not say so."""
     if not is_call(node, aten.batch_norm, aten.instance_norm):
         return []
-    names = [a.name for a in node.target._schema.arguments]
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    given = bind(node)
     if not given.get("training", given.get("use_input_stats")):
         return []
     return [b for b in (given["running_mean"], given["running_var"]) if b is not None]

@@ -12,15 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
 from . import ir
-
-if TYPE_CHECKING:
-    pass
 
 aten = torch.ops.aten
 nf = torch.ops.normfuse
@@ -158,15 +155,6 @@ def set_args(node: fx.Node, **changes: Any) -> None:
     node.args, node.kwargs = tuple(args), kwargs
 
 
-def named_args(node: fx.Node) -> dict[str, Any]:
-    """All arguments by schema name, defaults filled in."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    out = {a.name: a.default_value for a in schema}
-    out.update({a.name: v for a, v in zip(schema, node.args, strict=False)})
-    out.update(node.kwargs)
-    return out
-
-
 # ---------------------------------------------------------------------------------------------
 # Matching
 
@@ -227,7 +215,7 @@ def _rank(node: fx.Node) -> int:
 
 
 def _match_linear(node: fx.Node) -> Linear | None:
-    a = named_args(node)
+    a = ir.bind(node)
     x, w = a["input"], a["weight"]
     if not _floats(x, w) or _rank(w) != 2:
         return None
@@ -237,12 +225,12 @@ def _match_linear(node: fx.Node) -> Linear | None:
 
 
 def _match_scaled_linear(node: fx.Node) -> Linear | None:
-    a = named_args(node)
+    a = ir.bind(node)
     return Linear(node, a["x"], a["weight"], a["bias"], "scaled_linear", -1, -2)
 
 
 def _match_addmm(node: fx.Node) -> Linear | None:
-    a = named_args(node)
+    a = ir.bind(node)
     if node.target is not aten.addmm.default or a["beta"] != 1 or a["alpha"] != 1:
         return None
     if is_weight(a["mat1"]):
@@ -251,7 +239,7 @@ def _match_addmm(node: fx.Node) -> Linear | None:
 
 
 def _match_baddbmm(node: fx.Node) -> Linear | None:
-    a = named_args(node)
+    a = ir.bind(node)
     if node.target is not aten.baddbmm.default or a["beta"] != 1 or a["alpha"] != 1:
         return None
     if not is_weight(a["batch2"]) or is_weight(a["batch1"]):
@@ -284,7 +272,7 @@ def _match_product(layout: str) -> Any:
 
 
 def _match_grouped_mm(node: fx.Node) -> Linear | None:
-    a = named_args(node)
+    a = ir.bind(node)
     x: Any = a.get("self", a.get("input"))
     w: Any = a.get("mat2", a.get("weight"))
     if not is_weight(w) or is_weight(x) or _rank(x) != 2 or _rank(w) != 3:
@@ -293,7 +281,7 @@ def _match_grouped_mm(node: fx.Node) -> Linear | None:
 
 
 def _match_conv(node: fx.Node) -> Linear | None:
-    a = named_args(node)
+    a = ir.bind(node)
     x, w = a["input"], a["weight"]
     if not _floats(x, w):
         return None

@@ -266,18 +266,6 @@ FLAW_UNBIASED = "the variance is unbiased (divided by d − 1, not d)"
 FLAW_CANCEL = "the variance is written E[x²] − E[x]², whose cancellation a norm does not reproduce"
 
 
-def bind(node: fx.Node) -> dict[str, Any]:
-    """All arguments of a call by schema name, defaults included."""
-    out: dict[str, Any] = {}
-    target: Any = node.target
-    for i, arg in enumerate(target._schema.arguments):
-        if i < len(node.args):
-            out[arg.name] = node.args[i]
-        else:
-            out[arg.name] = node.kwargs.get(arg.name, arg.default_value)
-    return out
-
-
 def unexpanded(node: Any) -> Any:
     """``node`` without an ``expand``, which ordinary broadcasting makes needless."""
     while ir.is_call(node, aten.expand, aten.expand_as, aten.broadcast_to):

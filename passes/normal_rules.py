@@ -25,7 +25,6 @@ from .normal_facts import (
     Value,
     _short,
     _times,
-    bind,
     is_cast,
     settled,
     unexpanded,
@@ -396,7 +395,7 @@ def _pow(form: NormalForm, node: fx.Node) -> Fact | None:
 
 @rule(aten.addcmul)
 def _addcmul(form: NormalForm, node: fx.Node) -> Fact | None:
-    args = bind(node)
+    args = ir.bind(node)
     bias = unexpanded(args["self"])
     # rounded once at the end in narrow dtypes, where the norm's affine part rounds twice
     if args["value"] != 1 or ir.dtype(node) != _opmath(ir.dtype(node)):
@@ -453,7 +452,7 @@ def _add_number(form: NormalForm, node: fx.Node, x: Any, number: Number, factor:
 
 @rule(aten.add)
 def _add(form: NormalForm, node: fx.Node) -> Fact | None:
-    args = bind(node)
+    args = ir.bind(node)
     a, b, alpha = args["self"], args["other"], args.get("alpha", 1)
     if not isinstance(alpha, (int, float)):
         return None
@@ -483,13 +482,13 @@ def _add(form: NormalForm, node: fx.Node) -> Fact | None:
 
 @rule(aten.sub)
 def _sub(form: NormalForm, node: fx.Node) -> Fact | None:
-    args = bind(node)
+    args = ir.bind(node)
     return _difference(form, node, args["self"], args["other"], args.get("alpha", 1))
 
 
 @rule(aten.rsub)
 def _rsub(form: NormalForm, node: fx.Node) -> Fact | None:
-    args = bind(node)
+    args = ir.bind(node)
     if args.get("alpha", 1) != 1:
         return None
     return _difference(form, node, args["other"], args["self"], 1)

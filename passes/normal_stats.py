@@ -20,7 +20,6 @@ from .normal_facts import (
     Square,
     Stat,
     _short,
-    bind,
     settled,
     widens,
 )
@@ -34,7 +33,7 @@ aten = torch.ops.aten
 
 
 def _reduced(form: NormalForm, node: fx.Node, name: str, p: float) -> Fact | None:
-    args = bind(node)
+    args = ir.bind(node)
     x, dims, keep, to = args["self"], args.get("dim"), args.get("keepdim", False), args["dtype"]
     v, fact = form.value(x), form.fact(x)
     if isinstance(fact, Square):
@@ -67,7 +66,7 @@ def _sum(form: NormalForm, node: fx.Node) -> Fact | None:
 
 def _variance(form: NormalForm, node: fx.Node, name: str) -> tuple[Stat, Stat] | None:
     """Variance and mean of the argument, as ``var`` and its kin compute them."""
-    args = bind(node)
+    args = ir.bind(node)
     v = form.value(args["self"])
     if v is None:
         return None
@@ -126,7 +125,7 @@ def _getitem(form: NormalForm, node: fx.Node) -> Fact | None:
 
 @rule(aten.linalg_vector_norm, aten.linalg_norm, aten.norm, aten.frobenius_norm)
 def _vector_norm(form: NormalForm, node: fx.Node) -> Fact | None:
-    args = bind(node)
+    args = ir.bind(node)
     order = args.get("ord", args.get("p", 2))
     dims = args.get("dim")
     v = form.value(args["self"])
@@ -146,7 +145,7 @@ def _vector_norm(form: NormalForm, node: fx.Node) -> Fact | None:
 
 @rule(aten.linalg_vecdot)
 def _vecdot(form: NormalForm, node: fx.Node) -> Fact | None:
-    args = bind(node)
+    args = ir.bind(node)
     a, b = form.value(args["x"]), form.value(args["y"])
     if a is None or b is None or a.number != b.number or a.dtype != b.dtype:
         return None
@@ -157,7 +156,7 @@ def _vecdot(form: NormalForm, node: fx.Node) -> Fact | None:
 @rule(aten.clamp_min, aten.clamp, aten.clip, aten.maximum, aten.relu)
 def _clamp(form: NormalForm, node: fx.Node) -> Fact | None:
     a = node.args[0]
-    args = bind(node)
+    args = ir.bind(node)
     if ir.is_call(node, aten.relu):
         low: Any = 0.0
     else:
@@ -214,7 +213,7 @@ def _bounded_root(root: Root, bound: float) -> Root | None:
 def _native(
     node: fx.Node, kind: str, form: NormalForm, eps: float | None, text: str
 ) -> Norm | None:
-    args = bind(node)
+    args = ir.bind(node)
     x, gain, bias = args["input"], args["weight"], args.get("bias")
     dtype = ir.dtype(x)
     opmath = _opmath(dtype)
@@ -252,21 +251,21 @@ def _native(
 
 @rule(aten.layer_norm)
 def _layer_norm(form: NormalForm, node: fx.Node) -> Fact | None:
-    return _native(node, "layer_norm", form, bind(node)["eps"], "F.layer_norm")
+    return _native(node, "layer_norm", form, ir.bind(node)["eps"], "F.layer_norm")
 
 
 @rule(aten.rms_norm)
 def _rms_norm(form: NormalForm, node: fx.Node) -> Fact | None:
-    return _native(node, "rms_norm", form, bind(node)["eps"], "F.rms_norm")
+    return _native(node, "rms_norm", form, ir.bind(node)["eps"], "F.rms_norm")
 
 
 @rule(aten.native_layer_norm)
 def _native_layer_norm(form: NormalForm, node: fx.Node) -> Fact | None:
-    norm = _native(node, "layer_norm", form, bind(node)["eps"], "aten.native_layer_norm")
+    norm = _native(node, "layer_norm", form, ir.bind(node)["eps"], "aten.native_layer_norm")
     return (norm, None, None)
 
 
 @rule(aten._fused_rms_norm)
 def _fused_rms_norm(form: NormalForm, node: fx.Node) -> Fact | None:
-    norm = _native(node, "rms_norm", form, bind(node)["eps"], "aten._fused_rms_norm")
+    norm = _native(node, "rms_norm", form, ir.bind(node)["eps"], "aten._fused_rms_norm")
     return (norm, None)

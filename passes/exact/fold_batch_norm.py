@@ -18,9 +18,11 @@ import torch
 from torch import fx
 
 from .. import cost, ir
+from ..axis import Axis
 from ..contract import Context, Pass, PassResult, register
 from ..errors import Refuse
-from ..linear import Linear, match_linear, named_args
+from ..linear import Linear, match_linear
+from ..readers import check_readers, fold_into_readers
 from ..weight_builder import WeightBuilder
 
 if TYPE_CHECKING:
@@ -88,7 +90,7 @@ class FoldBatchNorm(Pass):
 
 
 def _plan(node: fx.Node, context: Context, builder: WeightBuilder) -> Callable[[], None]:
-    args = named_args(node)
+    args = ir.bind(node)
     if ir.is_call(node, aten.instance_norm) and args["use_input_stats"]:
         raise Refuse("the instance norm uses statistics of its input", node)
     if args.get("training"):
@@ -120,15 +122,18 @@ def _plan(node: fx.Node, context: Context, builder: WeightBuilder) -> Callable[[
             ir.replace(node, before.node)
 
         return commit_before
-    after, why_not_after = _readers(node, channel)
-    if after is None:
-        raise Refuse(f"before it: {why_not_before}; after it: {why_not_after}", node)
+    try:
+        after = check_readers(node, Axis((channel,)), gain=True, shift=True, copy_tied=False)
+    except Refuse as refusal:
+        raise Refuse(
+            f"before it: {why_not_before}; after it: {refusal.reason}", refusal.node
+        ) from None
+    if not after:
+        raise Refuse(f"before it: {why_not_before}; after it: nothing reads it", node)
 
     def commit_after() -> None:
-        for linear in after:
-            s, t = _affine(builder, args, linear.weight)
-            weight, bias = builder.fold_in(linear, s, t)
-            linear.rebuild(weight=weight, bias=bias)
+        s, t = _affine(builder, args, after[0].linear.weight)
+        fold_into_readers(builder, after, lambda vector: vector, s, t)
         ir.replace(node, args["input"])
 
     return commit_after
@@ -161,23 +166,3 @@ def _producer(x: Any, node: fx.Node, channel: int) -> tuple[Linear | None, str]:
     if others:
         return None, f"its input is also read by {ir.describe(others[0])}"
     return linear, ""
-
-
-def _readers(node: fx.Node, channel: int) -> tuple[list[Linear] | None, str]:
-    """All readers of ``node``, if each is a linear layer that can absorb scale and shift."""
-    found = []
-    for user in node.users:
-        linear = match_linear(user)
-        if linear is None or linear.input is not node:
-            return None, f"{ir.describe(user)} is not a linear layer"
-        if not linear.owned:
-            why = ir.why_no_weight(linear.weight, linear.bias)
-            return None, f"the weight of {ir.describe(user)} {why}"
-        if linear.layout == "scaled_linear":
-            return None, "a linear layer with a deferred scale"
-        if linear.feature_in != channel:
-            return None, f"{ir.describe(user)} reads other features than the normalized channels"
-        if linear.pads:
-            return None, f"{ir.describe(user)} pads with zeros, which the shift is not"
-        found.append(linear)
-    return (found, "") if found else (None, "nothing reads it")

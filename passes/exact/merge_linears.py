@@ -6,7 +6,6 @@ pass over ``x``. A layer without a bias takes zeros. Results become strided view
 
 from __future__ import annotations
 
-import dataclasses
 import heapq
 import operator
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from torch import fx
 from .. import cost, ir
 from ..contract import Context, Pass, PassResult, register
 from ..errors import Refuse
-from ..linear import Linear, is_weight, match_linear, named_args, table_user
+from ..linear import Linear, is_weight, match_linear, table_user
 from ..report import Site
 from ..weight_builder import WeightBuilder
 
@@ -208,7 +207,7 @@ def _signature(linear: Linear, same: dict[fx.Node, fx.Node]) -> Any:
                 "number per output feature in the weight's dtype",
                 linear.bias,
             )
-    others = {k: v for k, v in named_args(node).items() if k not in _OPERANDS}
+    others = {k: v for k, v in ir.bind(node).items() if k not in _OPERANDS}
     others = fx.node.map_arg(others, lambda n: same.get(n, n))
     if linear.layout in (*_RIGHT, *_LEFT):
         others = {}
@@ -268,7 +267,8 @@ def _merge(members: list[Linear], builder: WeightBuilder, known: dict[Any, Any])
     with graph.inserting_before(first.node):
         merged = graph.node_copy(first.node)
     merged.meta.pop("mutated", None)
-    layer = dataclasses.replace(first, node=merged)
+    layer = match_linear(merged)  # its input may be what an earlier merge put in place
+    assert layer is not None
     merged = layer.rebuild(weight=weight, bias=bias)
     offset = 0
     changed: list[fx.Node] = []

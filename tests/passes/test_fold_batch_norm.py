@@ -122,6 +122,18 @@ def test_shared_input_goes_to_the_readers():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("between", [nn.Flatten(), nn.AdaptiveAvgPool2d(1)])
+def test_readers_behind_ops_that_treat_channels_alike(between):
+    n = 3 if isinstance(between, nn.AdaptiveAvgPool2d) else 3 * 4 * 5
+    model = nn.Sequential(
+        nn.ReLU(), nn.BatchNorm2d(3), between, nn.Flatten(), nn.Dropout(), nn.Linear(n, 6)
+    )
+    model, x = randomize(model.double()), torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    gm, report = fold(model, x)
+    assert report.applied == [("1", "fold_batch_norm")] and not batch_norms(gm)
+    assert relative_error(gm(x), model(x)) <= 1e-10
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [

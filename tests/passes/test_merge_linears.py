@@ -268,3 +268,23 @@ def test_cost_uses_hints_and_adds_no_guard():
     PassManager([MergeLinears()], Context(policy="pays")).run(gm)
     assert len(env.guards) == before and len(layers(gm)) == 1
     assert gm(torch.randn(3, 4))[0].shape == (3, 4)
+
+
+class Chained(nn.Module):
+    """Linear layers that read a linear layer, which merges itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(4, 4) for _ in "abcd")
+
+    def forward(self, x):
+        x = torch.tanh(x)
+        h = self.a(x)
+        return torch.sin(self.b(x)), torch.sin(self.c(h)), torch.cos(self.d(h))
+
+
+def test_a_merged_layer_feeds_layers_that_merge():
+    model, args = Chained().double(), (torch.randn(3, 4).double(),)
+    gm, report = rewrite(model, args, MergeLinears())
+    assert len(report.applied) == 2 and len(layers(gm)) == 2
+    assert_same(model, gm, args)
