@@ -8,6 +8,7 @@ model and whose parameters are the model's own. ``capture_fx`` traces a graph th
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import sys
 import threading
@@ -24,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from . import ir
 from .autocast import Autocast, ambient, explicit_casts, make_explicit
+from .called import called
 from .einsum import einsum_to_linear
 from .errors import CaptureError
 from .functionalize import functionalize
@@ -60,8 +62,8 @@ def capture(
         dynamic: keep the tensor dims symbolic where the model allows it (of inputs with four or
             more dims, the first only).
         canonical: also rewrite every spelling of a norm into the vocabulary.
-        remember: keep the graph as it was before that in ``gm.meta["captured"]`` (verification
-            compares with it).
+        remember: keep the graph as it was before that in ``gm.meta["captured"]``, and what the model
+            gives when it is called in ``gm.meta["called"]`` (verification compares with both).
 
     Returns:
         A ``GraphModule`` called like the model (same signature, same output structure). Its
@@ -87,6 +89,9 @@ def capture(
             f"expected a module, a callable, an ExportedProgram or a GraphModule, got {type(model)}"
         )
     finish(gm, canonical=canonical, autocast=ambient(), remember=remember)
+    if remember and not isinstance(model, torch.export.ExportedProgram):
+        module = model if isinstance(model, nn.Module) else _FunctionModule(model)
+        gm.meta["called"] = called(module, args, kwargs)
     return gm
 
 
@@ -231,7 +236,7 @@ def export(
                 _raise_if_call_fails(model, args, kwargs)
             branch = branch or _data_dependent(error)
             how = "dynamic" if use_dynamic else ("strict" if strict else "static")
-            errors.append(f"{how}: {type(error).__name__}: {_first_lines(error)}")
+            errors.append(f"{how}: {type(error).__name__}: {_first_lines(error)}{_place(error)}")
     name = type(model).__name__
     if branch:
         raise CaptureError(
@@ -256,6 +261,7 @@ def _traced(
             # strict tracing keeps custom functions whole, as Dynamo does
             functions = [] if strict else stack.enter_context(recorded_functions())
             stack.enter_context(watch.tracing(hooked=not strict))
+            stack.enter_context(_marks_kept(args, kwargs))
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
         program.graph_module.meta["regions"] = regions
         program.graph_module.meta["functions"] = functions
@@ -279,10 +285,15 @@ def _raise_if_call_fails(model: nn.Module, args: tuple, kwargs: dict[str, Any]) 
 
 def _data_dependent(error: BaseException) -> str:
     """Where in the user's code a branch on a tensor's values ended the trace; ``""`` if none did."""
-    if not isinstance(error, GuardOnDataDependentSymNode):
-        return ""
-    where = user_frame("".join(traceback.format_tb(error.__traceback__)))
-    return f" at {where}" if where else " "
+    return (_place(error) or " ") if isinstance(error, GuardOnDataDependentSymNode) else ""
+
+
+def _place(error: BaseException) -> str:
+    """`` at file:line`` of the model's code that was being traced, or ``""``."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = max((i for i, f in enumerate(frames) if f.filename == __file__), default=-1)
+    where = user_frame("".join(traceback.format_list(frames[ours + 1 :])))
+    return f" at {where}" if where and not where.startswith("torch/") else ""
 
 
 def _first_lines(error: BaseException, n: int = 3) -> str:
@@ -298,6 +309,20 @@ def _auto_dims(args: tuple, kwargs: dict[str, Any]) -> torch.export.ShapesCollec
             dims = range(1 if leaf.dim() >= 4 else leaf.dim())
             shapes[leaf] = {i: torch.export.Dim.AUTO for i in dims}
     return shapes
+
+
+@contextlib.contextmanager
+def _marks_kept(args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
+    """``torch.export`` marks dims of the inputs as dynamic, and leaves the marks there if it fails."""
+    spaces = [vars(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    marks = [{k: copy.copy(v) for k, v in s.items() if "_dynamo" in k} for s in spaces]
+    try:
+        yield
+    finally:
+        for space, kept in zip(spaces, marks, strict=True):
+            for name in [k for k in space if "_dynamo" in k]:
+                del space[name]
+            space.update(kept)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,8 @@ from torch.utils import _pytree as pytree
 
 from . import ir
 from .autocast import explicit_casts
+from .axis_base import dropout_is_active, is_dropout
+from .errors import CaptureError
 
 #: Largest accepted relative disagreement in float64.
 TOLERANCE = 1e-10
@@ -26,6 +28,8 @@ TOLERANCE = 1e-10
 FACTOR = 2.0
 #: ... plus this many units in the last place of the coarsest dtype of the graph.
 ULPS = 2.0
+#: A call and the captured graph may take other kernels (attention): so many times those two.
+KERNELS = 8.0
 
 #: ``(x, shape, weight, eps)``: the epsilon that is not given is the dtype's
 _DEFAULT_EPS = (torch.ops.aten.rms_norm.default, torch.ops.aten._fused_rms_norm.default)
@@ -203,8 +207,45 @@ def check_recognition(gm: fx.GraphModule, context: Any) -> str | None:
             context.facts["double"] = recognized
         else:
             context.errors.append(error)
-        context.facts["plain"] = flat_plain(gm, inputs, graph)
+        plain = context.facts["plain"] = flat_plain(gm, inputs, graph)
+        _check_called(gm, graph, plain, truth)
     return None
+
+
+def _check_called(gm: fx.GraphModule, graph: fx.Graph, plain: list, truth: list) -> None:
+    """Refuse a graph that is not what the model computes when it is called.
+
+    Code may ask whether it is being exported, or read Python state that a trace does not see.
+
+    Args:
+        graph: as it was captured; ``plain`` and ``truth`` are its results, in its own dtypes and in
+            float64.
+    """
+    called, plain, truth = (
+        [x for x in xs if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        for xs in (gm.meta.get("called") or (), plain, truth)
+    )
+    if len(called) != len(plain) or any(map(_draws, graph.nodes)):
+        return
+    allowed = KERNELS * (FACTOR * max_error(plain, truth) + ULPS * _ulp(gm))
+    error = max_error(called, plain)
+    if error > allowed:
+        raise CaptureError(
+            f"the captured graph is not what the model computes when it is called: results differ by "
+            f"{error:.1e} relative, which is no rounding (allowed {allowed:.1e}). Code that asks "
+            "whether it is being exported or traced goes another way there; "
+            'torch.compile(model, backend="normfuse") captures as Dynamo does'
+        )
+
+
+def _draws(node: fx.Node) -> bool:
+    """True for an op that draws random numbers, as it is called here."""
+    tags = getattr(node.target, "tags", ())
+    if torch.Tag.nondeterministic_seeded not in tags:
+        return False
+    if is_dropout(node):
+        return dropout_is_active(node)
+    return ir.bind(node).get("dropout_p", 1.0) != 0.0  # of attention
 
 
 def _rounded_constants(graph: fx.Graph) -> float:

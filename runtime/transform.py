@@ -86,7 +86,7 @@ def transform(
     return report, context
 
 
-_FOR_VERIFICATION = ("example_inputs", "captured")
+_FOR_VERIFICATION = ("example_inputs", "captured", "called")
 
 
 def _unrecognize(gm: fx.GraphModule, context: Context, report: Report, wrong: str) -> None:

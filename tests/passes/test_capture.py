@@ -241,3 +241,35 @@ def test_branching_on_values_is_one_sentence_and_prints_nothing(capfd):
     assert "control flow" in text and f"test_capture.py:{line}" in text
     assert "\n" not in text and "Guard" not in text and "_export" not in text
     assert capfd.readouterr() == ("", "")
+
+
+class Untraceable(nn.Module):
+    def forward(self, x):
+        return x + (None if torch.compiler.is_compiling() else x).sum()
+
+
+def test_a_capture_that_fails_names_the_line():
+    line = Untraceable.forward.__code__.co_firstlineno + 1
+    with pytest.raises(CaptureError, match=rf"has no attribute 'sum' at .*test_capture\.py:{line}"):
+        passes.capture(Untraceable(), (torch.ones(2),))
+
+
+class StaticOnly(nn.Module):
+    """A random tensor from a generator cannot be traced with symbolic sizes."""
+
+    def forward(self, x):
+        return nn.functional.layer_norm(x, (4,)) + torch.randn(tuple(x.shape), generator=None)
+
+
+def test_a_failed_dynamic_capture_is_followed_by_a_static_one():
+    x = torch.randn(3, 4)
+    gm = passes.capture(StaticOnly(), (x,))
+    assert len(ir.norm_nodes(gm)) == 1 and gm(x).shape == x.shape
+    assert not vars(x)
+
+
+def test_dims_that_the_caller_marked_stay_marked():
+    x = torch.randn(3, 4)
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+    passes.capture(nn.LayerNorm(4), (x,))
+    assert x._dynamo_weak_dynamic_indices == {0}

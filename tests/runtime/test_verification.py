@@ -6,7 +6,7 @@ import normfuse
 import pytest
 import torch
 from models import Mixed, Transformer, ids, logits, trained_like, wrong_recognition
-from normfuse.passes import Pass, PassResult, VerificationError, canonical, ir
+from normfuse.passes import CaptureError, Pass, PassResult, VerificationError, canonical, ir
 from torch import nn
 
 WEIGHTS = ["live", "baked"]
@@ -96,3 +96,30 @@ def test_verification_leaves_running_statistics_alone(inplace):
     assert not report.failed_verification
     for name, value in new.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+class AsksWhoCalls(nn.Module):
+    """Computes something else while it is exported, and writes what a call must not leave behind."""
+
+    def __init__(self, asks):
+        super().__init__()
+        self.norm, self.f, self.asks = nn.LayerNorm(6), nn.Linear(6, 6), asks
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        y = self.norm(x)
+        return self.f(y.flip(0) if self.asks and torch.compiler.is_compiling() else y)
+
+
+@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_verification_sees_a_capture_that_is_not_what_is_called(asks, dtype):
+    model, x = AsksWhoCalls(asks).to(dtype), torch.randn(3, 6, dtype=dtype)
+    if asks:
+        with pytest.raises(CaptureError, match="not what the model computes when it is called"):
+            normfuse.rewrite(model, (x,), policy="always")
+    else:
+        _, report = normfuse.rewrite(model, (x,), policy="always", strict=True, inplace=True)
+        assert report.applied
+    assert model.calls == 0
