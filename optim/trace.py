@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -37,6 +37,12 @@ from .pipeline import TRACING
 #: Graphs kept, least recently used dropped; a group entry that moves but cannot be an input may make
 #: as many, then the step is refused.
 MAX_GRAPHS = 8
+#: Twice as many are traced in so many steps; another is then not worth its seconds.
+PATIENCE = 256
+_CHANGING = (
+    "which parameters have gradients, or its groups or states, change too often: "
+    f"{2 * MAX_GRAPHS} graphs were traced in fewer than {PATIENCE} steps"
+)
 
 
 class TraceRefused(NormfuseError):
@@ -88,6 +94,8 @@ class TracedOptimizer(Delegate):
         self._moves = _Moves()
         self._original = False  # the step is refused and wants its closure itself
         self._warned: set[str] = set()
+        self._steps = 0
+        self._traced_at: deque[int] = deque(maxlen=2 * MAX_GRAPHS)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_graphs": OrderedDict()}  # graphs are traced anew
@@ -121,10 +129,17 @@ class TracedOptimizer(Delegate):
         if self._moves.given_up:
             return None
         self._moves.watch(self.inner)
+        self._steps += 1
         key = self._moves.signature(self.inner)
         found = self._graphs.get(key)
-        if found is None:
+        if found is not None:
+            self._graphs.move_to_end(key)
+        elif len(self._traced_at) == 2 * MAX_GRAPHS and self._steps - self._traced_at[0] < PATIENCE:
+            found = _CHANGING  # of this step only
+            self._report(found)
+        else:
             began = time.perf_counter()
+            self._traced_at.append(self._steps)
             try:
                 with TRACING:
                     found = self._trace()
@@ -138,22 +153,22 @@ class TracedOptimizer(Delegate):
             if len(self._graphs) > MAX_GRAPHS:
                 self._graphs.popitem(last=False)
             if isinstance(found, str):
-                name = type(self.inner).__name__
-                message = f"normfuse.optim.compile runs {name}.step as it is: {found}"
-                if self.strict:
-                    self._graphs.clear()
-                    raise TraceRefused(message)
-                if found not in self._warned:
-                    self._warned.add(found)
-                    warnings.warn(message, stacklevel=5)
-        else:
-            self._graphs.move_to_end(key)
+                self._report(found)
         if isinstance(found, str):
             self.refused = found
             return None
         self.refused = None
         self.batches = found.batches
         return found
+
+    def _report(self, reason: str) -> None:
+        message = f"normfuse.optim.compile runs {type(self.inner).__name__}.step as it is: {reason}"
+        if self.strict:
+            self._graphs.clear()
+            raise TraceRefused(message)
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(message, stacklevel=6)
 
     def _trace(self) -> _Traced:
         moves = self._moves

@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from collections import deque
 
 import pytest
 import torch
@@ -397,3 +398,30 @@ def test_a_used_intermediate_is_not_a_chain():
 
     gm = torch.fx.experimental.proxy_tensor.make_fx(f)(torch.randn(4, 6))
     assert batching.find_chains(gm.graph) == []
+
+
+def test_gradients_that_come_and_go_are_not_traced_forever(monkeypatch):
+    """Layers dropped at random: each step another graph, and a trace takes longer than many steps."""
+    monkeypatch.setattr(trace, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(trace, "PATIENCE", 20)
+    ps = [nn.Parameter(torch.ones(3)) for _ in range(5)]
+    qs = [nn.Parameter(torch.ones(3)) for _ in range(5)]
+    fast, plain = optim.compile(torch.optim.SGD(ps, 0.1)), torch.optim.SGD(qs, 0.1)
+    fast._traced_at = deque(maxlen=2 * trace.MAX_GRAPHS)
+
+    def step(pattern):
+        for k, (p, q) in enumerate(zip(ps, qs, strict=True)):
+            p.grad = torch.full((3,), k + 1.0) if pattern >> k & 1 else None
+            q.grad = None if p.grad is None else p.grad.clone()
+        fast.step()
+        plain.step()
+
+    with pytest.warns(UserWarning, match="which parameters have gradients") as caught:
+        for pattern in range(1, 19):
+            step(pattern)
+    assert fast.traces == 4 and len(caught) == 1 and "which parameters" in fast.refused
+    for _ in range(4):  # it has settled
+        step(31)
+    assert fast.traces == 5 and fast.refused is None
+    for p, q in zip(ps, qs, strict=True):
+        torch.testing.assert_close(p, q)
