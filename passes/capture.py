@@ -11,7 +11,6 @@ import contextlib
 import copy
 import inspect
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -29,6 +28,7 @@ from .called import called
 from .einsum import einsum_to_linear
 from .errors import CaptureError
 from .functionalize import functionalize
+from .in_turn import in_turn
 from .inline import inline_regions
 from .opaque import opaque_sites
 from .paths import clean_path, user_frame
@@ -44,6 +44,7 @@ aten = torch.ops.aten
 # Public entry
 
 
+@in_turn
 def capture(
     model: Callable | torch.export.ExportedProgram | fx.GraphModule,
     args: Sequence[Any] = (),
@@ -162,9 +163,6 @@ class _FunctionModule(nn.Module):
 # ---------------------------------------------------------------------------------------------
 # torch.export
 
-#: ``torch.export`` patches modules process-wide while it traces: one capture at a time
-_exporting = threading.RLock()
-
 _UNSUPPORTED_LAYOUTS = "sparse, quantized, nested and meta tensors are not supported"
 
 
@@ -210,6 +208,7 @@ def _register_cache_pytrees() -> None:
         )
 
 
+@in_turn
 def export(
     model: nn.Module, args: tuple, kwargs: dict[str, Any], *, dynamic: bool = True
 ) -> torch.export.ExportedProgram:
@@ -227,8 +226,7 @@ def export(
     branch = ""
     for use_dynamic, strict in attempts:
         try:
-            with _exporting:
-                return _traced(model, args, kwargs, use_dynamic, strict)
+            return _traced(model, args, kwargs, use_dynamic, strict)
         except ChangesState as error:
             raise ChangesState(f"{type(model).__name__} could not be captured: {error}") from None
         except Exception as error:

@@ -18,6 +18,7 @@ from ..passes import ir
 from ..passes.autocast import disabled, restore
 from ..passes.capture import capture, out_spec, set_attribute
 from ..passes.errors import NormfuseError
+from ..passes.in_turn import in_turn
 from ..passes.report import Report
 from ..passes.subgraphs import emit_eager, outline
 from ..passes.weights import lift, split
@@ -94,6 +95,7 @@ def _unpickled(module: str, name: str) -> BakedModule:
     return object.__new__(found(BakedModule, module, name))
 
 
+@in_turn
 def bake(
     source: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], settings: Settings
 ) -> tuple[BakedModule, Report]:

@@ -16,6 +16,7 @@ from ..passes import ir
 from ..passes.autocast import ambient
 from ..passes.capture import capture, checked_args, set_attribute, transforming
 from ..passes.errors import CaptureError, NormfuseError, NormfuseWarning, VerificationError
+from ..passes.in_turn import in_turn
 from ..passes.report import Report
 from .bake import bake
 from .likeness import resembling
@@ -291,6 +292,7 @@ def _is_cache(value: Any) -> bool:
 # ---------------------------------------------------------------------------------------------
 
 
+@in_turn
 def build(
     owner: RewrittenModule,
     source: nn.Module,
@@ -390,6 +392,7 @@ def _checked(result: tuple[nn.Module, Report], strict: bool) -> tuple[nn.Module,
     return result
 
 
+@in_turn
 def explain(
     model: nn.Module,
     args: Sequence[Any],

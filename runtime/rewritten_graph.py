@@ -75,7 +75,7 @@ class Graph:
         try:
             outline(module, emit_eager, weights_inside=True)
         except Unsupported as refusal:
-            warnings.warn(f"activations will be kept: {refusal}", stacklevel=5)
+            warnings.warn(f"activations will be kept: {refusal}", stacklevel=6)
             return plain
         module.recompile()
         return module

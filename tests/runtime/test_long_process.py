@@ -1,11 +1,13 @@
 """Many models, one process: what is compiled, folded and kept when models come and go."""
 
 import gc
+import threading
 import weakref
 
+import normfuse
 import pytest
 import torch
-from models import Transformer, ids, trained_like
+from models import Transformer, ids, logits, trained_like
 from normfuse.passes.weights import WeightCache
 from normfuse.runtime import backend
 from torch import nn
@@ -67,3 +69,30 @@ def test_a_compiled_graph_does_not_keep_a_model(training):
     del model, fast
     gc.collect()
     assert not any(r() is not None for r in kept)
+
+
+def test_threads_rewrite_and_compile_at_once():
+    """Tracing changes PyTorch for the whole process: threads trace in turn and leave no traces."""
+    models = [trained_like(Transformer(layers=1), seed=s).eval() for s in range(4)]
+    before = nn.Module.__call__, nn.Module.__getattr__
+    truths = [logits(m, ids()) for m in models]
+    errors = []
+
+    def work(i):
+        try:
+            for _ in range(2):
+                if i % 2:
+                    new = torch.compile(models[i], backend="aot_eager", dynamic=True)
+                else:
+                    new, _ = normfuse.rewrite(models[i], (ids(),), policy="always")
+                torch.testing.assert_close(logits(new, ids()), truths[i], rtol=1e-4, atol=1e-5)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not errors, errors[0]
+    assert (nn.Module.__call__, nn.Module.__getattr__) == before
