@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import MethodType
 from typing import Any
+from weakref import WeakMethod
 
 from torch import nn
 
@@ -19,11 +20,11 @@ class Reroute:
 
     Args:
         source: the original model.
-        forward: what runs instead of its own ``forward``.
+        forward: what runs instead of its own ``forward``; the module it is of is not kept alive.
     """
 
-    def __init__(self, source: nn.Module, forward: Callable[..., Any]) -> None:
-        self._source, self._replacement = source, forward
+    def __init__(self, source: nn.Module, forward: MethodType) -> None:
+        self._source, self._replacement = source, WeakMethod(forward)
         self._own: Any = _NOTHING  # a forward that the instance had, not its class
         self._lock = threading.Lock()
         self.depth = 0
@@ -39,6 +40,7 @@ class Reroute:
             with self._active():
                 return value(*args, **kwargs)
 
+        call.replacement = self._replacement()  # type: ignore[attr-defined]  # lives as long
         return call
 
     def original(self, args: Any, kwargs: Any) -> Any:
@@ -79,7 +81,7 @@ class Reroute:
         self._own = self._source.__dict__.get("forward", _NOTHING)
         # generation helpers read the signature
         self._source.__dict__["forward"] = functools.wraps(self._source.forward)(
-            lambda *args, **kwargs: self._replacement(*args, **kwargs)
+            lambda *args, **kwargs: self._replacement()(*args, **kwargs)  # type: ignore[misc]
         )
 
     def _put(self, forward: Any) -> None:

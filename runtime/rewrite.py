@@ -132,7 +132,7 @@ class RewrittenModule(nn.Module):
         new.new_parameters = list(self.new_parameters)
         memo[id(self)] = new
         if layout(self)[0] == self._structure:
-            copies = {id(g): g.moved(new) for gs in self._graphs.values() for g in gs}
+            copies = {id(g): g.moved(new._source) for gs in self._graphs.values() for g in gs}
             new._graphs.update({k: [copies[id(g)] for g in gs] for k, gs in self._graphs.items()})
             new._captured.extend((spec, copies[id(g)]) for spec, g in self._captured)
             new.__dict__["_structure"] = layout(new)[0]
@@ -310,7 +310,7 @@ def build(
     flat = pytree.tree_leaves((tuple(args), dict(kwargs)))
     report, _ = transform(gm, flat, settings, training=source.training)
     owner.adopt(gm.meta.get("new_parameters", {}))
-    graph = Graph(gm, owner)
+    graph = Graph(gm, owner, source)
     if not torch.is_grad_enabled():
         cache = graph.prepare_inference()
         report.weight_bytes = cache.program.bytes if cache is not None else 0

@@ -28,7 +28,8 @@ class Graph:
     With gradients on, the weight program runs inline; without, it is split off and cached.
     """
 
-    def __init__(self, gm: fx.GraphModule, owner: nn.Module) -> None:
+    def __init__(self, gm: fx.GraphModule, owner: nn.Module, source: nn.Module) -> None:
+        # of the two modules over the same weights, the owner must not be kept alive by its graph
         self.inline, self.names = lift(gm)
         self.inline.recompile()
         self._train = self._with_regions()
@@ -42,15 +43,15 @@ class Graph:
             name: ir.attribute(gm, name) for name in self.names if not ir.has_attribute(owner, name)
         }
         self.weights = Weights(
-            owner, {n: ir.attribute(owner, n) for n in self.names if n not in self.constants}
+            source, {n: ir.attribute(owner, n) for n in self.names if n not in self.constants}
         )
         self._split: fx.GraphModule | None = None
         self.cache: WeightCache | None = None
 
-    def moved(self, owner: nn.Module) -> Graph:
+    def moved(self, source: nn.Module) -> Graph:
         """The same graph for a copy of the model, which has modules and weights of its own."""
         new = copy.copy(self)
-        new.weights = self.weights.moved(owner)
+        new.weights = self.weights.moved(source)
         new._split = new.cache = None
         return new
 

@@ -1,5 +1,6 @@
 """Many models, one process: what is compiled, folded and kept when models come and go."""
 
+import copy
 import gc
 import threading
 import weakref
@@ -96,3 +97,32 @@ def test_threads_rewrite_and_compile_at_once():
         t.join()
     assert not errors, errors[0]
     assert (nn.Module.__call__, nn.Module.__getattr__) == before
+
+
+def test_a_rewritten_module_goes_without_the_garbage_collector():
+    gc.collect()
+    gc.disable()
+    try:
+        model = trained_like(Transformer(layers=1)).eval()
+        new, _ = normfuse.rewrite(model, (ids(),), policy="always")
+        gc.collect()  # of the capture
+        logits(new, ids())
+        copied = copy.deepcopy(new)
+        logits(copied, ids())
+        method = new.requires_grad_
+        kept = [weakref.ref(t) for n in (new, copied) for t in (n, *n.parameters())]
+        del new, copied, method
+        assert not any(r() is not None for r in kept)
+    finally:
+        gc.enable()
+
+
+def test_a_method_outlives_the_name_of_its_module():
+    class Twice(Transformer):
+        def twice(self, x):
+            return 2 * self(x)["logits"]
+
+    model = trained_like(Twice(layers=1)).eval()
+    method = normfuse.rewrite(model, (ids(),), policy="always")[0].twice
+    with torch.no_grad():
+        torch.testing.assert_close(method(ids()), model.twice(ids()), rtol=1e-4, atol=1e-5)
