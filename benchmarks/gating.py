@@ -74,21 +74,21 @@ def page_faults() -> int:
     return 0
 
 
+def counted_step(module: nn.Module, x: torch.Tensor, faults: list[int]) -> None:
+    before = page_faults()
+    step(module, x)
+    faults.append(page_faults() - before)
+
+
 def compare(model: nn.Module, x: torch.Tensor, backends: list[str], rounds: int) -> dict:
     """Seconds per training step, plain and gated in turns; errors are recorded as such."""
     modules = variants(model, x, backends)
     rows: dict[str, Any] = {}
     for backend in backends:
         faults: dict[str, list[int]] = {"plain": [], "gated": []}
-
-        def counted(kind: str, module: nn.Module, faults: dict[str, list[int]]) -> None:
-            before = page_faults()
-            step(module, x)
-            faults[kind].append(page_faults() - before)
-
         pair = {
-            kind: functools.partial(counted, kind, modules[f"{backend} {kind}"], faults)
-            for kind in faults
+            kind: functools.partial(counted_step, modules[f"{backend} {kind}"], x, counts)
+            for kind, counts in faults.items()
         }
         try:
             times = interleaved(pair, rounds)

@@ -1,7 +1,7 @@
 """The traced step: equal to the eager one, compiled once, masks inside the graph."""
 
 import math
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -109,30 +109,22 @@ def test_every_pipeline_traces_to_one_graph():
 
 def test_threads_compile_in_turn():
     """PyTorch's tracer serves one thread at a time; so do we."""
-    errors = []
 
     def work(i):
-        try:
-            ps, qs, a, b = pair("Muon", [(6, 11 + i % 2)] * 2, lr=0.05)
-            for p, q in zip(ps, qs, strict=True):
-                p.grad = torch.randn_like(p)
-                q.grad = p.grad.clone()
-            a.step()
-            b.step()
-            traced = optim.compile(torch.optim.SGD(qs, 0.1, momentum=0.9), strict=True)
-            for _ in range(2):
-                traced.step()
-            assert traced.refused is None and traced.traces == 1
-            torch.testing.assert_close(a.state[ps[0]], b.state[qs[0]], rtol=1e-5, atol=1e-6)
-        except BaseException as error:  # a thread's assertion is nobody's
-            errors.append(error)
+        ps, qs, a, b = pair("Muon", [(6, 11 + i % 2)] * 2, lr=0.05)
+        for p, q in zip(ps, qs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+        traced = optim.compile(torch.optim.SGD(qs, 0.1, momentum=0.9), strict=True)
+        for _ in range(2):
+            traced.step()
+        assert traced.refused is None and traced.traces == 1
+        torch.testing.assert_close(a.state[ps[0]], b.state[qs[0]], rtol=1e-5, atol=1e-6)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))
 
 
 def test_a_cache_too_small_for_what_is_in_use_grows():

@@ -1,9 +1,9 @@
 """Weight programs: split, cache, notice every change that leaves a trace."""
 
 import copy
-import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import normfuse
 import pytest
@@ -159,21 +159,9 @@ def test_result_never_shares_storage_with_a_weight():
 
 def test_threads_get_one_consistent_result(cached):
     _, _, call, truth = cached
-    results, errors = [], []
-
-    def work():
-        try:
-            for _ in range(50):
-                results.append(call())
-        except Exception as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not errors and all(torch.equal(r, truth()) for r in results)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: [call() for _ in range(50)], range(4)))
+    assert all(torch.equal(r, truth()) for rs in results for r in rs)
 
 
 def test_models_that_share_a_graph_are_folded_once_each_and_freed(cached):
@@ -234,7 +222,6 @@ def test_threads_with_models_that_share_a_graph():
     with torch.no_grad():
         for i, m in enumerate(models):
             m[0].weight.fill_(i + 1.0)
-    wrong = []
 
     def work(m):
         truth = m[1].weight * m[0].weight
@@ -242,12 +229,7 @@ def test_threads_with_models_that_share_a_graph():
         for _ in range(300):
             folded = cache(leaves)[0]
             time.sleep(0)  # the others' turn, before it is used
-            if not torch.equal(folded, truth):
-                wrong.append(m)
+            assert torch.equal(folded, truth)
 
-    threads = [threading.Thread(target=work, args=(m,)) for m in models]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not wrong
+    with ThreadPoolExecutor(len(models)) as pool:
+        list(pool.map(work, models))

@@ -4,8 +4,8 @@ import os
 import subprocess
 import sys
 import textwrap
-import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -365,20 +365,8 @@ def test_weights_that_are_not_finite_are_left_alone():
 
 def test_threads(model):
     models = [trained_like(Transformer(layers=1), seed=s).eval() for s in range(3)]
-    errors = []
-
-    def work(m):
-        try:
-            agree(compiled(m), m, ids())
-        except Exception as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work, args=(m,)) for m in models]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not errors
+    with ThreadPoolExecutor(len(models)) as pool:
+        list(pool.map(lambda m: agree(compiled(m), m, ids()), models))
 
 
 def test_tensor_subclasses_are_left_alone():
