@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import threads
 from .buckets import Bucket, Slot, make_slots
 from .newton_schulz import DTYPES
 from .pipeline import COMPILED, Pipeline
@@ -251,12 +252,14 @@ class MatrixOptimizer(Optimizer):
         work = [(b, [i for i, s in enumerate(b.slots) if _usable(s)]) for b in buckets]
         policy, compile = self._options["non_finite"], self._options["compile"]
         parts = [(b, *self._finite(b, active, policy)) for b, active in work]
+        tasks: list[threads.Task] = []
+        for bucket, active, partly in parts:
+            mask = policy == "skip" and bucket.device.type != "cpu"
+            tasks += bucket.tasks(active, compile=compile, masked=mask, grads=_grad)
+            # too rare a step to compile one
+            tasks += bucket.tasks(partly, compile=False, masked=True, grads=_grad)
         with workspace():
-            for bucket, active, partly in parts:
-                mask = policy == "skip" and bucket.device.type != "cpu"
-                bucket.update(active, compile=compile, masked=mask, grads=_grad)
-                # too rare a step to compile one
-                bucket.update(partly, compile=False, masked=True, grads=_grad)
+            threads.run(tasks)
         for group in self.param_groups:
             if group.get("block_period", 1) > 1:  # saved with the group: a resumed run keeps time
                 group["block_step"] = group.get("block_step", 0) + 1

@@ -33,6 +33,7 @@ from .pipeline import (
     run_unscaled,
 )
 from .stages import StateSpec, times
+from .threads import Task
 
 VIEWS = ("matrix", "flatten", "batch")
 
@@ -41,6 +42,10 @@ CACHE_BYTES = 2**20
 
 #: Eager steps on smaller ones take this many bytes of them per thread at a time.
 PORTION_BYTES = 2**20
+
+#: FLOPs an entry that make it worth while to work on small matrices side by side: threads take turns at
+#: starting operations, so these must be long.
+DENSE = 1000
 
 
 @dataclass(frozen=True)
@@ -308,31 +313,37 @@ class Bucket:
             else:
                 self.hyper[name].fill_(float(value))
 
-    def update(
+    def tasks(
         self,
         active: Sequence[int],
         *,
         compile: bool,
         masked: bool,
         grads: Callable[[Slot], Tensor],
-        apply: bool = True,
-    ) -> None:
-        """One step for the slots ``active``; the others are not touched."""
+    ) -> list[Task]:
+        """One step for the slots ``active``, in tasks that do not touch the others."""
         if not active or self.rows * self.cols == 0:
-            return
+            return []
         self.fill_hyper()
-        if self.device.type == "cpu" and not self.periodic and (not compile or self._large):
-            # matrices are independent: a few at a time, all stages in a row, temporaries in cache
-            for part in self._portions(active):
-                self._update(part, compile=compile, masked=masked, grads=grads, apply=apply)
-            return
-        self._update(active, compile=compile, masked=masked, grads=grads, apply=apply)
+        step = functools.partial(self._update, compile=compile, masked=masked, grads=grads)
+        if self.device.type != "cpu" or (compile and not self._large):
+            return [Task(functools.partial(step, active))]
+        # matrices are independent: a few at a time, all stages in a row, temporaries in cache
+        each = self.pipeline.flops(self.rows, self.cols)
+        dense = each >= DENSE * self.rows * self.cols
+        apart = not self.pipeline.elementwise and (self._large or dense)
+        scratch = 6 * self._matrix_bytes()
+        tasks = []
+        for part in self._portions(active, 1 if apart else torch.get_num_threads()):
+            count = sum(self.slots[i].count for i in part)
+            flops = each * count if apart else None
+            tasks.append(Task(functools.partial(step, part), flops, scratch * count))
+        return tasks
 
-    def _portions(self, active: Sequence[int]) -> list[list[int]]:
+    def _portions(self, active: Sequence[int], threads: int = 1) -> list[list[int]]:
         """``active`` in runs of neighbours whose matrices fill the caches; large ones stay apart."""
         if self._large:
             return [[i] for i in active]
-        threads = torch.get_num_threads()
         each = max(1, self._matrix_bytes())
         limit = max(1, PORTION_BYTES // each) * threads
         out: list[list[int]] = []
@@ -353,7 +364,6 @@ class Bucket:
         compile: bool,
         masked: bool,
         grads: Callable[[Slot], Tensor],
-        apply: bool,
     ) -> None:
         slots = [self.slots[i] for i in active]
         grad = _stack([s.gather(grads(s)) for s in slots])
@@ -379,7 +389,7 @@ class Bucket:
             self._refresh(active, tensors)
             self._count(active)
         factors = None
-        if self._large and not masked and self._stream(slots, tensors, apply, compile):
+        if self._large and not masked and self._stream(slots, tensors, compile):
             update = None
         elif self._large and not masked:
             lead = functools.partial(fused.lead, self.pipeline) if compile else None
@@ -394,7 +404,7 @@ class Bucket:
                 v[index] = states[k]
             if self.step is not None and step is not None:
                 self.step[index] = step
-        if apply and update is not None:
+        if update is not None:
             self._apply(slots, update, decay, factors, compile)
 
     def _refresh(self, active: Sequence[int], t: Tensors) -> None:
@@ -436,20 +446,19 @@ class Bucket:
         keep = self.pipeline.keep(self.hyper)
         return float(keep) if self.device.type == "cpu" else keep
 
-    def _stream(self, slots: Sequence[Slot], t: Tensors, apply: bool, compile: bool) -> bool:
+    def _stream(self, slots: Sequence[Slot], t: Tensors, compile: bool) -> bool:
         """Every entry's step from gradient to parameter, a piece at a time or, compiled, in one loop
         a matrix; False if not possible."""
         targets = [s.target(s.param) for s in slots]
         if not all(p.is_contiguous() for p in targets):
             return False
         flat = [m for s, p in zip(slots, targets, strict=True) for m in p.view(s.count, -1)]
-        if compile and apply:
+        if compile:
             return fused.run(self.pipeline, t, flat)
         alike = self._keep()
 
         def sink(b: int, span: slice, update: Tensor, decay: Tensor | None) -> None:
-            if apply:
-                self.pipeline.move(flat[b][span], update, alike if decay is None else float(decay))
+            self.pipeline.move(flat[b][span], update, alike if decay is None else float(decay))
 
         return run_in_pieces(self.pipeline, t, sink)
 

@@ -53,8 +53,9 @@ class Loop:
 
 
 def _signature(tensors: Sequence[Tensor]) -> tuple:
-    # sizes are symbolic, but for 1, which broadcasts
-    return tuple((t.dtype, t.device, tuple(n == 1 for n in t.shape)) for t in tensors)
+    # sizes are symbolic, but for 1, which broadcasts; the number of threads is in the code
+    threads = torch.get_num_threads()
+    return (threads, *((t.dtype, t.device, tuple(n == 1 for n in t.shape)) for t in tensors))
 
 
 def lead(pipeline: Pipeline, t: Tensors, out: Tensor) -> Tensor | None:

@@ -97,6 +97,9 @@ class Pipeline:
     def states(self, rows: int, cols: int) -> dict[str, StateSpec]:
         return {k: v for s in self.stages for k, v in s.states(rows, cols).items()}
 
+    def flops(self, rows: int, cols: int) -> float:
+        return sum(s.flops(rows, cols) for s in self.stages)
+
     def constants(self, rows: int, cols: int) -> dict[str, float]:
         return {k: v for s in self.stages for k, v in s.constants(rows, cols).items()}
 

@@ -18,6 +18,7 @@ with noise. Common sets (``jordan``, ``you``, ``polar_express``) reach 1e-5 in f
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import kernel_products
+from . import kernel_products, threads
 from . import newton_schulz as ns
 from .coefficients import CoefficientSpec, Schedule, input_scale, resolve
 from .products import scratch
@@ -188,6 +189,12 @@ def _slice(x: Tensor, dtype: torch.dtype) -> int:
     return max(1, min(x.shape[0], MAX_SCRATCH_BYTES // _scratch_each(x, dtype)))
 
 
+def flops(rows: int, cols: int, s: Settings) -> float:
+    """About what one matrix takes, in the form that :func:`orthogonalize_batch` would choose."""
+    dtype = s.dtype or torch.float32
+    return ns.make_plan(rows, cols, s.schedule, dtype, "cpu", s.method, s.restarts).flops
+
+
 def _kernels(x: Tensor, s: Settings) -> kernel_products.KernelProducts | None:
     """Which products of ``x`` go through our kernels."""
     if x.numel() == 0:
@@ -199,41 +206,67 @@ def _kernels(x: Tensor, s: Settings) -> kernel_products.KernelProducts | None:
 
 def orthogonalize_batch(x: Tensor, s: Settings) -> Tensor:
     """``[B, r, c]`` to the same shape and dtype, every matrix on its own; ``x`` is only read."""
+    out, tasks = _begin(x, s)
+    if tasks:
+        threads.run(tasks)
+    return out
+
+
+def _begin(x: Tensor, s: Settings) -> tuple[Tensor, list[threads.Task]]:
+    """What :func:`orthogonalize_batch` returns, once the tasks are done."""
     if x.numel() == 0:
-        return x.clone()
+        return x.clone(), []
     if torch.compiler.is_dynamo_compiling() and s.non_finite == "skip":
-        return _operator(x, s)
-    dtype = s.working_dtype(x)
-    rows, cols = x.shape[-2:]
-    kernels = _kernels(x, s)
-    plan = ns.make_plan(rows, cols, s.schedule, dtype, x.device.type, s.method, s.restarts, kernels)
-    if plan.tiled:  # works matrix by matrix: normalizing them one by one keeps them in cache
-        size = 1
-    elif x.device.type == "cpu":  # a batched product splits a batch over the threads
-        threads = torch.get_num_threads()
-        size = max(1, CPU_SCRATCH_BYTES // (_scratch_each(x, dtype) * threads)) * threads
-    else:
-        size = _slice(x, dtype)
+        return _operator(x, s), []
     if s.non_finite == "raise":
         _, finite = _inverse_norms(x, s.eps)
         if not bool(finite.all()):
             bad = (~finite).flatten().nonzero().flatten().tolist()
             raise ValueError(f"matrices {bad} of the batch hold NaN or Inf")
-    if kernels is not None:
-        done = []
-        for part in x.split(size):
-            y, gram = _normalize(part, s, dtype, kernels)
-            done.append(ns.iterate(y, s.schedule, plan, gram).to(x.dtype))
-        return (done[0] if len(done) == 1 else torch.cat(done)).contiguous()
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for low in range(0, x.shape[0], size):
-        y, gram = _normalize(x[low : low + size], s, dtype)
-        part = out[low : low + size]
+    kernels = _kernels(x, s)
+    if kernels is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        return out, _tasks(x, s, out)
+    dtype, plan = s.working_dtype(x), _plan(x, s, kernels)
+    done = []
+    for part in x.split(_slice(x, dtype)):
+        y, gram = _normalize(part, s, dtype, kernels)
+        done.append(ns.iterate(y, s.schedule, plan, gram).to(x.dtype))
+    return (done[0] if len(done) == 1 else torch.cat(done)).contiguous(), []
+
+
+def _plan(x: Tensor, s: Settings, kernels: kernel_products.KernelProducts | None = None) -> ns.Plan:
+    dtype, device = s.working_dtype(x), x.device.type
+    return ns.make_plan(*x.shape[-2:], s.schedule, dtype, device, s.method, s.restarts, kernels)
+
+
+def _tasks(x: Tensor, s: Settings, out: Tensor) -> list[threads.Task]:
+    """The polar factors of ``x`` into ``out``, a few matrices at a time."""
+    dtype, plan, count = s.working_dtype(x), _plan(x, s), x.shape[0]
+    each = _scratch_each(x, dtype)
+    if x.device.type != "cpu":
+        size = _slice(x, dtype)
+    elif plan.tiled:  # works matrix by matrix: normalizing them one by one keeps them in cache
+        size = 1
+    else:  # a batched product splits a batch over the threads
+        cores = torch.get_num_threads()
+        size = max(1, CPU_SCRATCH_BYTES // (each * cores)) * cores
+
+    def some(low: int, high: int) -> None:
+        y, gram = _normalize(x[low:high], s, dtype)
+        part = out[low:high]
         if dtype == out.dtype:
             ns.iterate(y, s.schedule, plan, gram, part)
         else:
             part.copy_(ns.iterate(y, s.schedule, plan, gram))
-    return out
+
+    tasks = []
+    for low in range(0, count, size):
+        high = min(low + size, count)
+        flops = plan.flops if plan.tiled else None
+        call = functools.partial(some, low, high)
+        tasks.append(threads.Task(call, flops, each * (high - low)))
+    return tasks
 
 
 # -- the same as an operator, so that a traced step holds one node ---------------------------------
@@ -380,15 +413,23 @@ def orthogonalize(
         turn = g.device.type != "cpu" or r * c <= ns.TURN_UP_TO
         shape = (min(r, c), max(r, c)) if turn else (r, c)
         groups.setdefault((shape, g.dtype, g.device), []).append(i)
-    out: list[Tensor] = [torch.empty(0)] * len(matrices)
+    tasks: list[threads.Task] = []
+    stacks: list[tuple[list[int], Tensor]] = []
     for (shape, *_), members in groups.items():
         parts = []
         for i in members:
             g = matrices[i]
             batch = _as_batch(g)
             parts.append(batch if tuple(batch.shape[-2:]) == shape else batch.mT)
-        done = orthogonalize_batch(parts[0] if len(parts) == 1 else torch.cat(parts), s)
-        for i, piece in zip(members, done.split([p.shape[0] for p in parts]), strict=True):
+        stack, more = _begin(parts[0] if len(parts) == 1 else torch.cat(parts), s)
+        stacks.append((members, stack))
+        tasks += more
+    if tasks:
+        threads.run(tasks)
+    out: list[Tensor] = [torch.empty(0)] * len(matrices)
+    for members, stack in stacks:
+        counts = [math.prod(matrices[i].shape[:-2]) for i in members]
+        for i, piece in zip(members, stack.split(counts), strict=True):
             g = matrices[i]
             piece = piece if piece.shape[-2:] == g.shape[-2:] else piece.mT
             out[i] = piece.reshape(g.shape).contiguous()

@@ -40,6 +40,9 @@ class AdamInSingularBasis(Stage):
             "basis": StateSpec((side, side), "eye", torch.float32),
         }
 
+    def flops(self, rows: int, cols: int) -> float:
+        return 6.0 * rows * cols * min(rows, cols)
+
     @staticmethod
     def _average(batch: Batch) -> Tensor:
         m = batch.state["exp_avg"]
@@ -149,6 +152,10 @@ class Rotate(Stage):
     def states(self, rows: int, cols: int) -> dict[str, StateSpec]:
         n = cols if self._rotates_cols(rows, cols) else rows
         return {"rotation": StateSpec((n, n), "eye", torch.float32)}
+
+    def flops(self, rows: int, cols: int) -> float:
+        n = cols if self._rotates_cols(rows, cols) else rows
+        return 8.0 * n * rows * cols + 8.0 * n**3
 
     def __call__(self, batch: Batch) -> Batch:
         m, r = batch.update, batch.state["rotation"]

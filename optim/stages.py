@@ -109,6 +109,11 @@ class Stage:
         """Numbers fixed by the matrix's original (untransposed) shape."""
         return {}
 
+    def flops(self, rows: int, cols: int) -> float:
+        """About what one matrix costs, to share matrices out to threads evenly; here, what could be
+        computed while its entries are read and written."""
+        return 100.0 * rows * cols
+
     def __call__(self, batch: Batch) -> Batch:
         raise NotImplementedError
 
@@ -168,6 +173,9 @@ class Orthogonalize(Stage):
 
     settings: polar.Settings
     transposable: ClassVar[bool] = True
+
+    def flops(self, rows: int, cols: int) -> float:
+        return polar.flops(rows, cols, self.settings)
 
     def __call__(self, batch: Batch) -> Batch:
         return batch.with_(polar.apply_settings(batch.update, self.settings))
@@ -318,6 +326,10 @@ class Whiten(Stage):
 
     iterations: int = 10
     restore_norm: bool = True
+
+    def flops(self, rows: int, cols: int) -> float:
+        side, length = min(rows, cols), max(rows, cols)
+        return 2.0 * side * side * (2 * length + 3 * self.iterations * side)
 
     def __call__(self, batch: Batch) -> Batch:
         u = batch.update
