@@ -43,10 +43,6 @@ CACHE_BYTES = 2**20
 #: Eager steps on smaller ones take this many bytes of them per thread at a time.
 PORTION_BYTES = 2**20
 
-#: FLOPs an entry that make it worth while to work on small matrices side by side: threads take turns at
-#: starting operations, so these must be long.
-DENSE = 1000
-
 
 @dataclass(frozen=True)
 class Slot:
@@ -329,21 +325,21 @@ class Bucket:
         if self.device.type != "cpu" or (compile and not self._large):
             return [Task(functools.partial(step, active))]
         # matrices are independent: a few at a time, all stages in a row, temporaries in cache
-        each = self.pipeline.flops(self.rows, self.cols)
-        dense = each >= DENSE * self.rows * self.cols
-        apart = not self.pipeline.elementwise and (self._large or dense)
-        scratch = 6 * self._matrix_bytes()
+        # threads take turns at starting operations: on small matrices these are too short for that
+        apart = self._large and not self.pipeline.elementwise
+        each, scratch = self.pipeline.flops(self.rows, self.cols), 6 * self._matrix_bytes()
         tasks = []
-        for part in self._portions(active, 1 if apart else torch.get_num_threads()):
+        for part in self._portions(active):
             count = sum(self.slots[i].count for i in part)
             flops = each * count if apart else None
             tasks.append(Task(functools.partial(step, part), flops, scratch * count))
         return tasks
 
-    def _portions(self, active: Sequence[int], threads: int = 1) -> list[list[int]]:
+    def _portions(self, active: Sequence[int]) -> list[list[int]]:
         """``active`` in runs of neighbours whose matrices fill the caches; large ones stay apart."""
         if self._large:
             return [[i] for i in active]
+        threads = torch.get_num_threads()
         each = max(1, self._matrix_bytes())
         limit = max(1, PORTION_BYTES // each) * threads
         out: list[list[int]] = []

@@ -20,13 +20,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .decay import computing_dtype
 from .pipeline import (
     COMPILED,
-    TRACING,
     Pipeline,
     Tensors,
     pieces,
     run_leading,
     signed,
     sliceable,
+    tracing,
 )
 from .stages import times
 
@@ -44,7 +44,7 @@ class Loop:
     def __call__(self, *args: Tensor) -> Any:
         if not self._first:
             return self._call(*args)
-        with TRACING:
+        with tracing():
             began = time.perf_counter()
             out = self._call(*args)
             self.seconds += time.perf_counter() - began

@@ -319,8 +319,12 @@ def run(pipeline: Pipeline, t: Tensors, masked: bool) -> tuple[Tensor, Tensor | 
     return update.to(t.grad.dtype), decay
 
 
-#: Held while a step is traced: PyTorch's tracer works for one thread at a time.
-TRACING = threading.RLock()
+def tracing() -> Any:
+    """The lock held while a step is traced: PyTorch's tracers work for one thread at a time, Dynamo's
+    among them (whose lock it is; imported late, because only what compiles needs Dynamo)."""
+    from torch._dynamo.convert_frame import compile_lock
+
+    return compile_lock
 
 
 def _compiled(step: Callable[..., Any], flat: list[Tensor]) -> tuple[fx.GraphModule, Any]:
@@ -393,6 +397,7 @@ class CompileCache:
         self.size = size
         self._entries: OrderedDict[Any, Any] = OrderedDict()
         self._dropped: set[int] = set()
+        self._lock = threading.Lock()  # for a lookup: a step that is compiled waits for no compilation
         self.misses = 0
 
     def get(self, pipeline: Pipeline, t: Tensors, masked: bool) -> CompiledStep:
@@ -408,18 +413,32 @@ class CompileCache:
 
     def fetch(self, key: Any, make: Callable[[], Any]) -> Any:
         """What ``make`` made for ``key``: it has ``seconds``, what compiling took."""
-        with TRACING:
-            found = self._entries.pop(key, None)
-            if found is None:
-                self.misses += 1
-                found = make()
-                if hash(key) in self._dropped:  # too small for what is in use
-                    self.size *= 2
-                    self._dropped.clear()
-            self._entries[key] = found  # the last one
+        found = self._renewed(key)
+        if found is None:
+            with tracing():
+                found = self._renewed(key)  # another thread may have made it
+                if found is None:
+                    found = make()
+                    self._keep(key, found)
+        return found
+
+    def _renewed(self, key: Any) -> Any:
+        """The entry of ``key``, now the last used one, or None."""
+        with self._lock:
+            found = self._entries.get(key)
+            if found is not None:
+                self._entries.move_to_end(key)
+            return found
+
+    def _keep(self, key: Any, made: Any) -> None:
+        with self._lock:
+            self.misses += 1
+            if hash(key) in self._dropped:  # too small for what is in use
+                self.size *= 2
+                self._dropped.clear()
+            self._entries[key] = made
             if len(self._entries) > self.size:
                 self._dropped.add(hash(self._entries.popitem(last=False)[0]))
-            return found
 
 
 COMPILED = CompileCache()

@@ -32,7 +32,7 @@ from ..passes.errors import NormfuseError
 from .base import MatrixOptimizer, parameter_name
 from .batching import batch_newton_schulz
 from .delegate import Delegate
-from .pipeline import TRACING
+from .pipeline import tracing
 
 #: Graphs kept, least recently used dropped; a group entry that moves but cannot be an input may make
 #: as many, then the step is refused.
@@ -141,7 +141,7 @@ class TracedOptimizer(Delegate):
             began = time.perf_counter()
             self._traced_at.append(self._steps)
             try:
-                with TRACING:
+                with tracing():
                     found = self._trace()
                 self.traces += 1
             except _NewState:
