@@ -397,7 +397,7 @@ class CompileCache:
         self.size = size
         self._entries: OrderedDict[Any, Any] = OrderedDict()
         self._dropped: set[int] = set()
-        self._lock = threading.Lock()  # for a lookup: a step that is compiled waits for no compilation
+        self._lock = threading.Lock()  # of lookups, which wait for no compilation
         self.misses = 0
 
     def get(self, pipeline: Pipeline, t: Tensors, masked: bool) -> CompiledStep:
