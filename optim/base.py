@@ -8,6 +8,7 @@ call per bucket), saving, loading, pickling and reports.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -258,7 +259,10 @@ class MatrixOptimizer(Optimizer):
             tasks += bucket.tasks(active, compile=compile, masked=mask, grads=_grad)
             # too rare a step to compile one
             tasks += bucket.tasks(partly, compile=False, masked=True, grads=_grad)
-        with workspace():
+        with workspace(), contextlib.ExitStack() as plain:
+            for device in {b.device.type for b in buckets}:  # a forward's precision is not a step's
+                if torch.amp.is_autocast_available(device):
+                    plain.enter_context(torch.autocast(device, enabled=False))
             threads.run(tasks)
         for group in self.param_groups:
             if group.get("block_period", 1) > 1:  # saved with the group: a resumed run keeps time

@@ -172,6 +172,22 @@ def test_non_finite_gradients_stay_in_their_matrix(name):
     assert_same(kept, ps)
 
 
+@pytest.mark.parametrize("name", MATRIX)
+def test_a_step_under_autocast_is_the_same_step(name):
+    def stepped(autocast):
+        g = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(12, 20, generator=g)) for _ in range(2)]
+        opt = getattr(optim, name)(params, lr=0.1)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=g)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                opt.step()
+        return [p.detach() for p in params]
+
+    torch.testing.assert_close(stepped(True), stepped(False), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", MATRIX)
 def test_non_finite_gradients_stay_in_their_expert(name, masked):
