@@ -199,6 +199,7 @@ class Bucket:
         self._handed: list[tuple[Tensor, str, Tensor]] = []
         self._bind(state)
         self._host_steps = [0] * len(self.slots)
+        self._compiled = False
         if self.periodic and self.step is not None:
             self._host_steps = [int(self.step[o]) for o in self.offsets]
         per_slot = [pipeline.constants(s.rows, s.cols) for s in self.slots for _ in range(s.count)]
@@ -328,11 +329,12 @@ class Bucket:
         # threads take turns at starting operations: on small matrices these are too short for that
         apart = self._large and not self.pipeline.elementwise
         each, scratch = self.pipeline.flops(self.rows, self.cols), 6 * self._matrix_bytes()
-        tasks = []
+        tasks: list[Task] = []
         for part in self._portions(active):
             count = sum(self.slots[i].count for i in part)
             flops = each * count if apart else None
-            tasks.append(Task(functools.partial(step, part), flops, scratch * count))
+            compiles = compile and not self._compiled and not tasks
+            tasks.append(Task(functools.partial(step, part), flops, scratch * count, compiles))
         return tasks
 
     def _portions(self, active: Sequence[int]) -> list[list[int]]:
@@ -402,6 +404,7 @@ class Bucket:
                 self.step[index] = step
         if update is not None:
             self._apply(slots, update, decay, factors, compile)
+        self._compiled = self._compiled or compile
 
     def _refresh(self, active: Sequence[int], t: Tensors) -> None:
         """Run the stages' rare work on the matrices for which it is due."""

@@ -9,12 +9,16 @@ the scratch of several would not be small.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import functools
 import heapq
 import os
+import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -41,34 +45,71 @@ class Task(NamedTuple):
         flops: about what it costs. ``None``: it is for the calling thread, in the order given, and
             PyTorch's threads share it.
         scratch: bytes of memory it takes while it runs.
+        compiles: it may compile something, during which no other thread may run what is compiled.
     """
 
     run: Callable[[], Any]
     flops: float | None = None
     scratch: int = 0
+    compiles: bool = False
 
 
 class _Pool:
-    """Threads in which PyTorch computes with one thread."""
+    """Threads in which PyTorch computes with one thread.
+
+    Daemons, unlike those of ``concurrent.futures``: these end before a program's own threads do.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._executor = ThreadPoolExecutor(size, thread_name_prefix="normfuse-optim")
-        begun = threading.Barrier(size)
+        self._calls: queue.SimpleQueue[tuple[Future[None], Callable[[], None]] | None]
+        self._calls = queue.SimpleQueue()
+        # in a thread of its own, whose settings are nobody else's and which no interrupt reaches
+        begun: Future[None] = Future()
+        threading.Thread(target=self._begin, args=(begun,), daemon=True).start()
+        begun.result()
 
-        def begin() -> None:
-            _LOCAL.worker = True
-            torch.get_num_threads()  # PyTorch sets up a thread when it is first asked
-            torch.set_num_threads(1)  # of this thread, and the default of threads begun later …
-            begun.wait()
-
-        threads = torch.get_num_threads()
-        for start in [self._executor.submit(begin) for _ in range(size)]:
-            start.result()
-        torch.set_num_threads(threads)  # … which is put back here
+    def _begin(self, begun: Future[None]) -> None:
+        default = torch.get_num_threads()
+        ready = threading.Semaphore(0)
+        started = 0
+        try:
+            for i in range(self.size):
+                name = f"normfuse-optim_{i}"
+                args = (self._calls, ready)
+                threading.Thread(target=_serve, args=args, name=name, daemon=True).start()
+                started += 1
+        except RuntimeError as error:  # no more threads to be had
+            begun.set_exception(error)
+        for _ in range(started):
+            ready.acquire()
+        torch.set_num_threads(default)  # of threads begun later
+        if not begun.done():
+            begun.set_result(None)
 
     def each(self, count: int, call: Callable[[], None]) -> list[Future[None]]:
-        return [self._executor.submit(call) for _ in range(count)]
+        futures: list[Future[None]] = [Future() for _ in range(count)]
+        for future in futures:  # a context serves one thread at a time
+            self._calls.put((future, functools.partial(contextvars.copy_context().run, call)))
+        return futures
+
+    def __del__(self) -> None:
+        for _ in range(self.size):
+            self._calls.put(None)
+
+
+def _serve(calls: queue.SimpleQueue, ready: threading.Semaphore) -> None:
+    _LOCAL.worker = True
+    torch.get_num_threads()  # PyTorch sets up a thread when it is first asked
+    torch.set_num_threads(1)  # of this thread, and the default of threads begun later
+    ready.release()
+    while (item := calls.get()) is not None:
+        future, call = item
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+        del item, future, call  # nothing is kept alive while waiting
 
 
 _POOL: _Pool | None = None
@@ -102,11 +143,13 @@ def available() -> int:
     """How many matrices may be worked on at a time; 1 where PyTorch's threads share each.
 
     That is so in a thread of the pool, and where a mode (a tracer, a counter of FLOPs, a default device)
-    follows what this thread calls: it would see nothing of what others do.
+    or a profiler follows what this thread calls: it would see nothing of what others do.
     """
     if getattr(_LOCAL, "worker", False) or not _openmp() or torch.compiler.is_compiling():
         return 1
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return 1
+    if torch.autograd._profiler_enabled():
         return 1
     return torch.get_num_threads()
 
@@ -146,32 +189,49 @@ def run(tasks: Sequence[Task]) -> None:
 
     The first error is raised when the tasks in work have ended; those not begun are left.
     """
-    shared, apart, count = share_out([t for t in tasks if t.flops is not None])
+    others = [t for t in tasks if t.flops is not None]
+    shared, apart, count = share_out(others)
+    pool = None
+    if apart:
+        with contextlib.suppress(RuntimeError):  # no more threads to be had
+            pool = _pool(count)
+    if pool is None:
+        shared, apart = others, []
+    first = [t for t in others if t.compiles] if apart else []
+    if first:  # what the pool's threads call is compiled in one of them
+        shared = []
+        apart = sorted((t for t in others if not t.compiles), key=lambda t: -(t.flops or 0.0))
     for task in [*(t for t in tasks if t.flops is None), *shared]:
         task.run()
-    if not apart:
+    if pool is not None:
+        _side_by_side(pool, first, 1)
+        _side_by_side(pool, apart, count)
+
+
+def _side_by_side(pool: _Pool, tasks: Sequence[Task], count: int) -> None:
+    if not tasks:
         return
-    queue = deque(apart)
+    left = deque(tasks)
     inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
     def work() -> None:
         with torch.inference_mode(inference), torch.set_grad_enabled(grad), workspace():
-            while queue:
+            while left:
                 try:
-                    task = queue.popleft()
+                    task = left.popleft()
                 except IndexError:  # another thread took the last one
                     return
                 try:
                     task.run()
                 except BaseException:
-                    queue.clear()
+                    left.clear()
                     raise
 
-    futures = _pool(count).each(count, work)
+    futures = pool.each(count, work)
     try:
         wait(futures)
     except BaseException:  # an interrupt: nothing goes on behind the caller's back
-        queue.clear()
+        left.clear()
         wait(futures)
         raise
     for future in futures:

@@ -1,8 +1,12 @@
 """Matrices side by side: the same numbers, nobody's thread settings, modes or errors lost."""
 
+import contextvars
 import os
+import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -77,6 +81,8 @@ def test_what_is_left_to_pytorchs_threads(monkeypatch):
         assert shared(many(8)) == 8
     with torch.device("cpu"):
         assert shared(many(8)) == 8
+    with torch.profiler.profile():
+        assert shared(many(8)) == 8
     inside = []
     threads.run([Task(lambda: inside.append(shared(many(8))), 1.0, 8)] * 8)
     assert inside == [8] * 8
@@ -99,6 +105,88 @@ def test_an_error_is_raised_and_the_next_run_works():
     done.clear()
     threads.run(tasks[1:])
     assert len(done) == 20
+
+
+def test_what_compiles_has_the_threads_for_itself():
+    now, alone, together = [], [], threading.Barrier(2, timeout=60)
+
+    def note(i):
+        now.append(i)
+        if i in (3, 4):
+            time.sleep(0.05)
+            alone.append((tuple(now), threading.current_thread().name))
+        elif i in (0, 1):
+            together.wait()
+        now.remove(i)
+
+    threads.run([Task(lambda i=i: note(i), 1.0, 8, compiles=i in (3, 4)) for i in range(7)])
+    assert [n for n, _ in alone] == [(3,), (4,)] and not now
+    assert all(name.startswith("normfuse-optim") for _, name in alone)
+    threads.run([Task(lambda: now.append(1), 1.0, 8, compiles=True)] * 4)
+    assert now == [1] * 4
+
+
+def test_the_default_number_of_threads_and_the_context_are_kept():
+    """Of threads begun later, also where another thread than the user's made the pool."""
+    seen_by = []
+
+    def look():
+        seen_by.append(torch.get_num_threads())
+
+    def elsewhere():
+        torch.get_num_threads()  # this thread computes with two
+        began.set()
+        changed.wait(60)
+        threads._forget()
+        threads.run(seen(4)[1])
+
+    began, changed = threading.Event(), threading.Event()
+    other = threading.Thread(target=elsewhere)
+    other.start()
+    began.wait(60)
+    torch.set_num_threads(3)
+    changed.set()
+    other.join()
+    after = threading.Thread(target=look)
+    after.start()
+    after.join()
+    assert seen_by == [3] and torch.get_num_threads() == 3
+
+    variable = contextvars.ContextVar("variable", default=0)
+    variable.set(5)
+    values = []
+    threads.run([Task(lambda: values.append(variable.get()), 1.0, 8)] * 6)
+    assert values == [5] * 6
+
+
+def test_where_no_thread_can_be_had(monkeypatch):
+    def refuse(size):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threads, "_pool", refuse)
+    done = []
+    threads.run([Task(lambda: done.append(threading.current_thread()), 1.0, 8)] * 4)
+    assert done == [threading.current_thread()] * 4
+
+
+def test_a_thread_steps_on_after_the_main_one_has_ended():
+    code = """
+import threading, time, torch
+from normfuse import optim
+torch.set_num_threads(2)
+params = [torch.nn.Parameter(torch.randn(600, 600)) for _ in range(6)]
+opt = optim.Muon(params, lr=0.1)
+def train():
+    for i in range(2):
+        time.sleep(0.3)
+        for p in params:
+            p.grad = torch.randn(600, 600)
+        opt.step()
+    print("done")
+threading.Thread(target=train).start()
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert out.stdout.strip() == "done" and not out.stderr, out.stderr
 
 
 def test_flops_are_counted_and_inference_tensors_stepped():
@@ -185,8 +273,6 @@ def test_steps_in_several_threads_at_once():
         return [p.detach() for p in params]
 
     alone = [train(seed) for seed in range(4)]
-    from concurrent.futures import ThreadPoolExecutor
-
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(train, range(4)))
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
@@ -194,8 +280,6 @@ def test_steps_in_several_threads_at_once():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_process_has_threads_of_its_own():
-    import subprocess
-
     code = """
 import os, torch
 from normfuse.optim import threads
