@@ -252,7 +252,8 @@ def norm_linear(
     code = run.check_kind(kind)
     _check_layers(x, weight, bias, up, up_bias, act)
     pair = (up, up_bias, up_colsum)
-    if run.empty(x):  # results may have elements all the same
+    # a result of no rows has values all the same, and one of no columns has statistics
+    if run.empty(x) or run.empty(weight):
         return _plain_norm_linear(x, weight, bias, colsum, *pair, eps, kind, act, out_dtype)
     return _product(x, weight, bias, colsum, *pair, None, eps, code, act, out_dtype)
 
