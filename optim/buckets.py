@@ -323,13 +323,13 @@ class Bucket:
             return []
         self.fill_hyper()
         step = functools.partial(self._update, compile=compile, masked=masked, grads=grads)
-        if self.device.type != "cpu" or (compile and not self._large):
+        if self.sharded or self.device.type != "cpu" or (compile and not self._large):
             return [Task(functools.partial(step, active))]
-        # matrices are independent: a few at a time, all stages in a row, temporaries in cache
         # threads take turns at starting operations: on small matrices these are too short for that
         apart = self._large and not self.pipeline.elementwise
         each, scratch = self.pipeline.flops(self.rows, self.cols), 6 * self._matrix_bytes()
         tasks: list[Task] = []
+        # matrices are independent: a few at a time, all stages in a row, temporaries in cache
         for part in self._portions(active):
             count = sum(self.slots[i].count for i in part)
             flops = each * count if apart else None

@@ -12,7 +12,6 @@ Replicated parameters (DDP) are plain tensors and need nothing from here.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +24,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from .buckets import Bucket, Slot
 from .pipeline import COMPILED, Pipeline, Tensors, run_stages
 from .stages import Stage, StateSpec
-from .threads import Task
 
 
 def _shard(full: Tensor, like: DTensor) -> Tensor:
@@ -163,22 +161,16 @@ class ShardedBucket(Bucket):
             dist.all_reduce(both, op=dist.ReduceOp.MIN, group=self.mesh.get_group(d))
         return [bool(v) for v in both]
 
-    def tasks(
+    def _update(
         self,
         active: Sequence[int],
         *,
         compile: bool,
         masked: bool,
         grads: Callable[[Slot], Tensor],
-    ) -> list[Task]:
+    ) -> None:
         """One step; every rank of the mesh must take it with the same ``active``."""
         del masked  # non-finite matrices were taken out by :meth:`finite`
-        if not active or self.rows * self.cols == 0:
-            return []
-        self.fill_hyper()
-        return [Task(functools.partial(self._step, active, compile, grads))]
-
-    def _step(self, active: Sequence[int], compile: bool, grads: Callable[[Slot], Tensor]) -> None:
         slots = [self.slots[i] for i in active]
         self._compiling = compile and len(slots) == len(self.slots)
         local, decay = self._local_part(active, slots, grads)

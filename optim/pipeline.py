@@ -320,9 +320,9 @@ def run(pipeline: Pipeline, t: Tensors, masked: bool) -> tuple[Tensor, Tensor | 
 
 
 def tracing() -> Any:
-    """The lock held while a step is traced: PyTorch's tracers work for one thread at a time, Dynamo's
-    among them (whose lock it is; imported late, because only what compiles needs Dynamo)."""
-    from torch._dynamo.convert_frame import compile_lock
+    """The lock held while a step is traced, the one of captures; imported late: only what compiles needs
+    Dynamo, whose lock it is."""
+    from ..passes.in_turn import compile_lock
 
     return compile_lock
 

@@ -191,8 +191,7 @@ def _slice(x: Tensor, dtype: torch.dtype) -> int:
 
 def flops(rows: int, cols: int, s: Settings) -> float:
     """About what one matrix takes, in the form that :func:`orthogonalize_batch` would choose."""
-    dtype = s.dtype or torch.float32
-    return ns.make_plan(rows, cols, s.schedule, dtype, "cpu", s.method, s.restarts).flops
+    return _plan((rows, cols), s, s.dtype or torch.float32, "cpu").flops
 
 
 def _kernels(x: Tensor, s: Settings) -> kernel_products.KernelProducts | None:
@@ -207,7 +206,7 @@ def _kernels(x: Tensor, s: Settings) -> kernel_products.KernelProducts | None:
 def orthogonalize_batch(x: Tensor, s: Settings) -> Tensor:
     """``[B, r, c]`` to the same shape and dtype, every matrix on its own; ``x`` is only read."""
     out, tasks = _begin(x, s)
-    if tasks:
+    if tasks:  # none in what Dynamo traces
         threads.run(tasks)
     return out
 
@@ -227,7 +226,8 @@ def _begin(x: Tensor, s: Settings) -> tuple[Tensor, list[threads.Task]]:
     if kernels is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         return out, _tasks(x, s, out)
-    dtype, plan = s.working_dtype(x), _plan(x, s, kernels)
+    dtype = s.working_dtype(x)
+    plan = _plan(x.shape, s, dtype, x.device.type, kernels)
     done = []
     for part in x.split(_slice(x, dtype)):
         y, gram = _normalize(part, s, dtype, kernels)
@@ -235,14 +235,21 @@ def _begin(x: Tensor, s: Settings) -> tuple[Tensor, list[threads.Task]]:
     return (done[0] if len(done) == 1 else torch.cat(done)).contiguous(), []
 
 
-def _plan(x: Tensor, s: Settings, kernels: kernel_products.KernelProducts | None = None) -> ns.Plan:
-    dtype, device = s.working_dtype(x), x.device.type
-    return ns.make_plan(*x.shape[-2:], s.schedule, dtype, device, s.method, s.restarts, kernels)
+def _plan(
+    shape: Sequence[int],
+    s: Settings,
+    dtype: torch.dtype,
+    device: str,
+    kernels: kernel_products.KernelProducts | None = None,
+) -> ns.Plan:
+    rows, cols = shape[-2:]
+    return ns.make_plan(rows, cols, s.schedule, dtype, device, s.method, s.restarts, kernels)
 
 
 def _tasks(x: Tensor, s: Settings, out: Tensor) -> list[threads.Task]:
     """The polar factors of ``x`` into ``out``, a few matrices at a time."""
-    dtype, plan, count = s.working_dtype(x), _plan(x, s), x.shape[0]
+    dtype, count = s.working_dtype(x), x.shape[0]
+    plan = _plan(x.shape, s, dtype, x.device.type)
     each = _scratch_each(x, dtype)
     if x.device.type != "cpu":
         size = _slice(x, dtype)

@@ -199,8 +199,7 @@ def run(tasks: Sequence[Task]) -> None:
         shared, apart = others, []
     first = [t for t in others if t.compiles] if apart else []
     if first:  # what the pool's threads call is compiled in one of them
-        shared = []
-        apart = sorted((t for t in others if not t.compiles), key=lambda t: -(t.flops or 0.0))
+        shared, apart = [], [t for t in (*shared, *apart) if not t.compiles]
     for task in [*(t for t in tasks if t.flops is None), *shared]:
         task.run()
     if pool is not None:
