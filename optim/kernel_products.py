@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..runtime import autotune_cache, devices
+from ..runtime import autotune_cache, cpp, devices
 from ..runtime.kernels import plans
 
 ENV = "NORMFUSE_SYMMETRIC_KERNELS"
@@ -27,6 +27,8 @@ POLICIES = ("auto", "always", "never")
 
 #: Shorter sides from which ``auto`` considers kernels.
 KERNELS_FROM = 256
+#: Shorter sides from which our C++ multiplies faster than a library does twice the FLOPs.
+NATIVE_FROM = 64
 #: What a symmetric kernel is assumed to reach of the device's peak, by tile; a library product 0.95.
 _EFFICIENCY = {128: 0.7, 64: 0.45}
 _LIBRARY = 0.95
@@ -140,6 +142,13 @@ def choose(
     slower = _LIBRARY / _efficiency(plan.block, dtype, tf32)
     share = min(1.0, plan.tiles(m) / whole * slower) if flags[0] and flags[1] else 1.0
     return KernelProducts(*flags, share)
+
+
+def native(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of CPU matrices of this shape go through our C++ (built when first asked for)."""
+    if policy() == "never" or device.type != "cpu" or min(rows, cols) < NATIVE_FROM:
+        return False
+    return cpp.runs(dtype, device)
 
 
 def are_in(graph: fx.GraphModule) -> bool:

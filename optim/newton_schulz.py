@@ -13,6 +13,7 @@ matrix is never transposed, it is multiplied from the right instead.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,12 +26,15 @@ from torch import Tensor
 
 from .coefficients import Schedule
 from .kernel_products import KernelProducts
-from .products import Tiled, Whole
+from .products import Native, Tiled, Whole
 
 METHODS = ("auto", "direct", "gram")
 
-#: Tiled symmetric products pay from here on (shorter side, CPU); smaller batches use ``bmm``.
-TILED_FROM = 320
+#: Shorter sides from which a matrix on a CPU is worked on alone (smaller ones share a batch), and from
+#: which, without our C++, tiles pay.
+ALONE_FROM = 320
+#: What it computes beyond half of a symmetric product, in rows: tiles cross the diagonal.
+_CROSSING = 11
 #: Side up to which a square on the diagonal is computed whole: smaller ones lose more speed than the
 #: triangle saves.
 _TILE = 192
@@ -98,8 +102,8 @@ def choose_restarts(schedule: Schedule, dtype: torch.dtype) -> tuple[int, ...] |
 class Plan:
     """How a batch is orthogonalized, and why: ``flops`` is the count the choice was made on.
 
-    ``halvings`` of the side cut symmetric products on CPUs into tiles; ``kernels`` says which products
-    are ours on GPUs.
+    On CPUs, ``native``: symmetric products are our C++'s; else ``halvings`` of the side cut them into
+    tiles. ``alone``: matrices are worked on one by one. ``kernels`` says which products are ours on GPUs.
     """
 
     method: str
@@ -107,10 +111,13 @@ class Plan:
     halvings: int
     flops: float
     kernels: KernelProducts | None = None
+    native: bool = False
+    alone: bool = False
 
     @property
-    def tiled(self) -> bool:
-        return self.halvings > 0
+    def batched(self) -> Any:
+        """The products of a batch."""
+        return self.kernels or (Native if self.native else Whole)
 
 
 def flops(
@@ -146,6 +153,7 @@ def make_plan(
     method: str = "auto",
     restarts: tuple[int, ...] | None = None,
     kernels: KernelProducts | None = None,
+    native: bool = False,
 ) -> Plan:
     """Choose direct or Gram form by FLOPs, and the tiling; ``method`` other than auto is obeyed.
 
@@ -156,14 +164,18 @@ def make_plan(
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     m = min(rows, cols)
-    # Tiles (on CPUs) and kernels compute half of a symmetric product; bmm computes all of it.
-    halvings = 0
-    if device == "cpu" and m >= TILED_FROM and kernels is None:
-        halvings = math.ceil(math.log2(m / _TILE))
-    share = (1 + 0.5**halvings) / 2 if kernels is None else kernels.share
+    # Tiles, our C++ and kernels compute half of a symmetric product; bmm computes all of it.
+    alone = device == "cpu" and m >= ALONE_FROM and kernels is None
+    halvings = math.ceil(math.log2(m / _TILE)) if alone and not native else 0
+    share = (1 + 0.5**halvings) / 2
+    if kernels is not None:
+        share = kernels.share
+    elif native:
+        share = 0.5 + _CROSSING / m
+    made = functools.partial(Plan, halvings=halvings, kernels=kernels, native=native, alone=alone)
     direct = flops(rows, cols, schedule, None, share)
     if method == "direct" or not schedule:
-        return Plan("direct", (), halvings, direct, kernels)
+        return made("direct", (), flops=direct)
     if restarts is not None:
         if any(not 0 < i < len(schedule) for i in restarts):
             raise ValueError(
@@ -179,11 +191,11 @@ def make_plan(
                 f"the Gram form is not accurate in {dtype} for these coefficients: no choice of up "
                 "to three restarts keeps it stable; use method='direct', another set, or ns_dtype"
             )
-        return Plan("direct", (), halvings, direct, kernels)
+        return made("direct", (), flops=direct)
     gram = flops(rows, cols, schedule, chosen, share)
     if method == "gram" or gram < 0.95 * direct:
-        return Plan("gram", chosen, halvings, gram, kernels)
-    return Plan("direct", (), halvings, direct, kernels)
+        return made("gram", chosen, flops=gram)
+    return made("direct", (), flops=direct)
 
 
 def _direct(
@@ -273,8 +285,8 @@ def iterate(
         made = run(x, plan.kernels, first_gram, None)
         return made if out is None else out.copy_(made)
     out = torch.empty_like(x) if out is None else out
-    if not plan.tiled:
-        return run(x, Whole, first_gram, out)
+    if not plan.halvings:
+        return run(x, plan.batched, first_gram, out)
     # One matrix at a time: each product is large enough to fill the cores, and its operands stay
     # in cache; a batched product into a strided tile would be computed aside and copied.
     ops = Tiled(min(x.shape[-2:]), plan.halvings)

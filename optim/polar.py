@@ -136,10 +136,7 @@ def _inverse_norms(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _normalize(
-    x: Tensor,
-    s: Settings,
-    dtype: torch.dtype,
-    kernels: kernel_products.KernelProducts | None = None,
+    x: Tensor, s: Settings, dtype: torch.dtype, plan: ns.Plan
 ) -> tuple[Tensor, Tensor | None]:
     """Normalized copy of ``x`` in ``dtype``, and its Gram matrix if the normalization formed it."""
     inverse, finite = _inverse_norms(x, s.eps)
@@ -155,18 +152,16 @@ def _normalize(
     else:
         y = x.to(accumulate) * factor
     # NaN·0 is NaN, so masked matrices are selected away, not multiplied.
-    if kernels is not None or x.device.type != "cpu" or not bool(finite.all()):
+    if plan.kernels is not None or x.device.type != "cpu" or not bool(finite.all()):
         y = torch.where(finite, y, 0.0)
     y = y.to(dtype)
     if plain:
         return y, None
     # Tighter bounds on the spectral norm from the Gram matrix that step one needs anyway.
     tall = y.shape[-2] > y.shape[-1]
-    if kernels is not None:
-        gram = kernels.gram(y, tall, None)
-    else:
-        gram = torch.bmm(y.mT, y) if tall else torch.bmm(y, y.mT)
-    g = gram.to(accumulate)
+    side, ways = min(y.shape[-2:]), plan.batched
+    room = ways.room("first", (*y.shape[:-2], side, side), y)
+    g = ways.gram(y, tall, room).to(accumulate)
     if s.normalization == "schatten":
         quad = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True)
         inv = torch.where(quad > 0, torch.rsqrt(torch.where(quad > 0, quad, 1.0)), 0.0) * scale
@@ -191,7 +186,7 @@ def _slice(x: Tensor, dtype: torch.dtype) -> int:
 
 def flops(rows: int, cols: int, s: Settings) -> float:
     """About what one matrix takes, in the form that :func:`orthogonalize_batch` would choose."""
-    return _plan((rows, cols), s, s.dtype or torch.float32, "cpu").flops
+    return _plan((rows, cols), s, s.dtype or torch.float32, torch.device("cpu")).flops
 
 
 def _kernels(x: Tensor, s: Settings) -> kernel_products.KernelProducts | None:
@@ -227,10 +222,10 @@ def _begin(x: Tensor, s: Settings) -> tuple[Tensor, list[threads.Task]]:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         return out, _tasks(x, s, out)
     dtype = s.working_dtype(x)
-    plan = _plan(x.shape, s, dtype, x.device.type, kernels)
+    plan = _plan(x.shape, s, dtype, x.device, kernels)
     done = []
     for part in x.split(_slice(x, dtype)):
-        y, gram = _normalize(part, s, dtype, kernels)
+        y, gram = _normalize(part, s, dtype, plan)
         done.append(ns.iterate(y, s.schedule, plan, gram).to(x.dtype))
     return (done[0] if len(done) == 1 else torch.cat(done)).contiguous(), []
 
@@ -239,28 +234,30 @@ def _plan(
     shape: Sequence[int],
     s: Settings,
     dtype: torch.dtype,
-    device: str,
+    device: torch.device,
     kernels: kernel_products.KernelProducts | None = None,
 ) -> ns.Plan:
-    rows, cols = shape[-2:]
-    return ns.make_plan(rows, cols, s.schedule, dtype, device, s.method, s.restarts, kernels)
+    native = kernel_products.native(*shape[-2:], dtype, device)
+    return ns.make_plan(
+        *shape[-2:], s.schedule, dtype, device.type, s.method, s.restarts, kernels, native
+    )
 
 
 def _tasks(x: Tensor, s: Settings, out: Tensor) -> list[threads.Task]:
     """The polar factors of ``x`` into ``out``, a few matrices at a time."""
     dtype, count = s.working_dtype(x), x.shape[0]
-    plan = _plan(x.shape, s, dtype, x.device.type)
+    plan = _plan(x.shape, s, dtype, x.device)
     each = _scratch_each(x, dtype)
     if x.device.type != "cpu":
         size = _slice(x, dtype)
-    elif plan.tiled:  # works matrix by matrix: normalizing them one by one keeps them in cache
+    elif plan.alone:  # normalizing them one by one keeps them in cache
         size = 1
     else:  # a batched product splits a batch over the threads
         cores = torch.get_num_threads()
         size = max(1, CPU_SCRATCH_BYTES // (each * cores)) * cores
 
     def some(low: int, high: int) -> None:
-        y, gram = _normalize(x[low:high], s, dtype)
+        y, gram = _normalize(x[low:high], s, dtype, plan)
         part = out[low:high]
         if dtype == out.dtype:
             ns.iterate(y, s.schedule, plan, gram, part)
@@ -270,7 +267,7 @@ def _tasks(x: Tensor, s: Settings, out: Tensor) -> list[threads.Task]:
     tasks = []
     for low in range(0, count, size):
         high = min(low + size, count)
-        flops = plan.flops if plan.tiled else None
+        flops = plan.flops if plan.alone else None
         call = functools.partial(some, low, high)
         tasks.append(threads.Task(call, flops, each * (high - low)))
     return tasks

@@ -1,5 +1,5 @@
-"""How the products of a Newton–Schulz iteration are computed: whole, or in tiles (and, in
-``kernel_products.py``, by our kernels).
+"""How the products of a Newton–Schulz iteration are computed: whole, in tiles, by our C++ (and, in
+``kernel_products.py``, by our kernels on GPUs).
 
 Every way has the same members. ``room`` gives memory that the others write their results into (their
 ``out``, which overlaps no operand); ``gram``, ``symmetric`` and ``apply`` are the three products, their
@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from ..runtime import cpp
 
 _LOCAL = threading.local()
 
@@ -75,6 +77,30 @@ class Whole:
         """``z + a·I``."""
         out.copy_(z).diagonal(dim1=-2, dim2=-1).add_(a)
         return out
+
+
+class Native:
+    """The same with our C++ (``runtime/cpp``), which computes half of a symmetric product."""
+
+    room = staticmethod(scratch)
+    plus_identity = staticmethod(Whole.plus_identity)
+
+    @staticmethod
+    def gram(x: Tensor, tall: bool, out: Tensor) -> Tensor:
+        left, right = (x.mT, x) if tall else (x, x.mT)
+        return cpp.product(left, right, out, symmetric=True)
+
+    @staticmethod
+    def symmetric(
+        s: Tensor, t: Tensor, base: Tensor, beta: float, alpha: float, out: Tensor
+    ) -> Tensor:
+        addend = base if beta else None
+        return cpp.product(s, t, out, base=addend, beta=beta, alpha=alpha, symmetric=True)
+
+    @staticmethod
+    def apply(x: Tensor, b: Tensor, a: float, tall: bool, out: Tensor) -> Tensor:
+        left, right = (x, b) if tall else (b, x)
+        return cpp.product(left, right, out, base=x if a else None, beta=a)
 
 
 #: Where a tile lies: its rows, its columns.

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import polar
 from .products import scratch
 from .quantile import abs_quantile
+from .whitening import whiten
 
 
 @dataclass(frozen=True)
@@ -329,20 +330,13 @@ class Whiten(Stage):
 
     def flops(self, rows: int, cols: int) -> float:
         side, length = min(rows, cols), max(rows, cols)
-        return 2.0 * side * side * (2 * length + 3 * self.iterations * side)
+        return side * side * (3.0 * length + 3 * self.iterations * side)
 
     def __call__(self, batch: Batch) -> Batch:
         u = batch.update
         norm = frobenius(u)
         x = u * safe_inverse(norm)
-        tall = x.shape[-2] > x.shape[-1]
-        gram = x.mT @ x if tall else x @ x.mT
-        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
-        y, z = gram, eye
-        for _ in range(self.iterations):
-            t = 3 * eye - z @ y
-            y, z = 0.5 * (y @ t), 0.5 * (t @ z)
-        out = x @ z if tall else z @ x
+        out = whiten(x, self.iterations)
         if self.restore_norm:
             out = out * (norm * safe_inverse(frobenius(out)))
         return batch.with_(out)

@@ -85,6 +85,7 @@ def examine(try_it: bool = False) -> Diagnosis:
     )
     add(_inductor())
     add(_compiler())
+    add(_cpp())
     add(_device())
     add(_backend())
     d.findings.extend(_switches())
@@ -134,6 +135,17 @@ def _torch() -> Finding:
     numbers = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2])
     tested = (2, 11) <= numbers <= (2, 13)
     return Finding("torch", torch.__version__, tested, "" if tested else "tested with 2.11 to 2.13")
+
+
+def _cpp() -> Finding:
+    import torch
+
+    from .cpp import library
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    if library.load() is not None:
+        return Finding("symmetric products on CPUs", f"C++ for {capability}")
+    return Finding("symmetric products on CPUs", "PyTorch's", None, library.why_absent())
 
 
 def _inductor() -> Finding:
