@@ -237,9 +237,10 @@ def _plan(
     device: torch.device,
     kernels: kernel_products.KernelProducts | None = None,
 ) -> ns.Plan:
-    native = kernel_products.native(*shape[-2:], dtype, device)
+    rows, cols = shape[-2:]
+    native = kernel_products.native(rows, cols, dtype, device)
     return ns.make_plan(
-        *shape[-2:], s.schedule, dtype, device.type, s.method, s.restarts, kernels, native
+        rows, cols, s.schedule, dtype, device.type, s.method, s.restarts, kernels, native
     )
 
 

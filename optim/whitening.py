@@ -39,16 +39,17 @@ def _(x, iterations):  # type: ignore[no-untyped-def]
 
 
 def _kernels(x: Tensor) -> kernel_products.KernelProducts | None:
-    return kernel_products.choose(*x.shape, x.dtype, x.device)
+    batch, rows, cols = x.shape
+    return kernel_products.choose(batch, rows, cols, x.dtype, x.device)
 
 
 def _whiten(x: Tensor, iterations: int) -> Tensor:
-    shape, device = x.shape[-2:], x.device
-    native = kernel_products.native(*shape, x.dtype, device)
-    plan = ns.make_plan(*shape, (), x.dtype, device.type, kernels=_kernels(x), native=native)
+    rows, cols = x.shape[-2:]
+    native = kernel_products.native(rows, cols, x.dtype, x.device)
+    plan = ns.make_plan(rows, cols, (), x.dtype, x.device.type, kernels=_kernels(x), native=native)
     if not plan.halvings:
         return _inverse_root_times(x, iterations, plan.batched).contiguous()
-    ways = Tiled(min(shape), plan.halvings)
+    ways = Tiled(min(rows, cols), plan.halvings)
     return torch.stack([_inverse_root_times(m, iterations, ways) for m in x])
 
 
@@ -68,4 +69,4 @@ def _inverse_root_times(x: Tensor, iterations: int, ways: Any) -> Tensor:
         if i + 1 < iterations:
             y, spare = ways.symmetric(y, w, y, 1.5, -0.5, spare), y
         z, spare = ways.symmetric(w, z, z, 1.5, -0.5, spare), z
-    return ways.apply(x, z, 0.0, tall, ways.room("whitened", x.shape, x))
+    return ways.apply(x, z, 0.0, tall, x.new_empty(x.shape))

@@ -1,7 +1,7 @@
 """Builds ``symmetric.cpp`` with the compiler at hand, once per machine, and loads it.
 
-Without a compiler, or where the processor is not one it was written for, there is none, ``normfuse doctor``
-says why, and what would have used it multiplies with PyTorch.
+Without a compiler, or where the processor is not one it was written for, there is none: ``normfuse
+doctor`` says why, and what would have used it multiplies with PyTorch.
 """
 
 from __future__ import annotations

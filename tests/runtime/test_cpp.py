@@ -224,7 +224,7 @@ def test_without_a_compiler_pytorch_multiplies(compiler, said, monkeypatch, tmp_
     x = matrices(2, 100, 130)
     got = optim.orthogonalize(x)
     assert not kp.native(100, 130, torch.float64, CPU)
-    u, s, v = torch.linalg.svd(got, full_matrices=False)
+    s = torch.linalg.svdvals(got)
     assert s.min() > 0.5 and s.max() < 1.3
 
 
@@ -258,12 +258,8 @@ def test_compiles_for_every_target_without_spilling_the_tile(target, tmp_path):
     assert len(inner) >= 4, "both precisions, a packed and not"
     register = "%ymm" if target == "AVX2" else "%zmm"
     for block in inner:
-        stores = [
-            x
-            for x in block
-            if "mov" in x and register in x.split(",")[0] and "(" in x.split(",")[-1]
-        ]
-        assert not stores, stores
+        moves = [line.split(",") for line in block if "mov" in line]
+        assert not [m for m in moves if register in m[0] and "(" in m[-1]], block
 
 
 def blocks(assembly):
