@@ -8,7 +8,8 @@
 Every contestant steps on its own copy of the same matrices; contestants are interleaved, medians
 and ratios are of one run. Peers fix their dtype: they run as shipped where the machine multiplies
 fast in it, and, for a comparison in one dtype, with that cast patched. The floor is the
-symmetric-aware FLOP count of the better form over the GEMM rate measured in the same run. Slow
+symmetric-aware FLOP count of the better form over the best GEMM rate measured in the same run; what
+large GEMMs reach between the steps, for half a second at a time, stands beside it. Slow
 contestants take fewer repeats, and what is too slow in its shipped dtype (twice a step's estimate above
 ``--budget`` seconds) is reported as skipped with the estimate.
 """
@@ -238,6 +239,19 @@ def gemm_rate(dtype: torch.dtype, device: str) -> float:
         size *= 2
 
 
+def sustained_rate(rate: float, dtype: torch.dtype, device: str, seconds: float = 0.5) -> float:
+    """FLOP/s of large products one after the other; ``rate`` is what a burst of them reaches."""
+    size = 2048
+    while 2 * size**3 > rate * seconds / 4:
+        size //= 2
+    a = torch.randn(size, size, device=device).to(dtype)
+    spent, count = 0.0, 0
+    while spent < seconds:
+        spent += _timed(lambda: a @ a, device)
+        count += 1
+    return count * 2 * size**3 / spent
+
+
 #: ``--cpu-time`` puts the processor time of this process here.
 CLOCK = time.perf_counter
 
@@ -310,7 +324,9 @@ def measure(name: str, args: argparse.Namespace) -> dict:
                 rows[form]["first"] = _timed(opt.step, args.device)
             live[form] = (opt, params, context)
     grads = [p.grad for p in parameters(name, args.device)]
+    sustained = []
     for _ in range(args.repeats):
+        sustained.append(sustained_rate(rates[dtype], dtype, args.device))
         for form, (opt, params, context) in live.items():
             spent = sum(rows[form]["times"])
             if rows[form]["times"] and spent + rows[form]["times"][-1] > args.budget:
@@ -336,6 +352,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
         "dtype": args.dtype,
         "matrices": sum(c for c, _ in SETS[name]),
         "gemm_gflops": {_name(k): v / 1e9 for k, v in rates.items()},
+        "sustained_gflops": statistics.median(sustained) / 1e9,
         "floor": floor,
         "rows": rows,
     }

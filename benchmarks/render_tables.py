@@ -259,6 +259,8 @@ def step_section(result: dict[str, Any]) -> str:
     parts = []
     for r in result["results"]:
         gemm = ", ".join(f"{k} {v:.0f} GFLOP/s" for k, v in r["gemm_gflops"].items())
+        if "sustained_gflops" in r:
+            gemm += f" (between the steps {r['dtype']} {r['sustained_gflops']:.0f})"
         lines = [
             f"**{r['set']}**: {r['matrices']} matrices, {r['dtype']}; GEMM {gemm}; symmetric-aware "
             f"floor {r['floor'] * 1e3:.0f} ms.",
