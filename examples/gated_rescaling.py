@@ -8,11 +8,13 @@ show the mechanics and prove nothing). It
 2. follows the outlier figures during training with ``normfuse.calibrate``;
 3. measures the loss at full precision and simulated W8A8 and W4A4;
 4. inserts gates into the *trained* plain model, checks that nothing changes, trains only the gates;
-5. does the same with a residual sink planted in the embedding before training: on real text models
-   of this size grow none by themselves (``--search`` tries larger learning rates, more depth, longer
-   runs, frozen gains and a begin token), and a cure needs a disease. There the outliers are also
+5. does the same with a residual sink planted in the embedding before training: on real text, as in 1,
+   models of this size grow none by themselves (``--search`` tries larger learning rates, more depth,
+   longer runs, frozen gains and a begin token), and a cure needs a disease. There the outliers are also
    absorbed into biases;
-6. does the same on a task where a sink grows by itself: bigrams with a rare copying rule
+6. does the same where a residual sink grows by itself on real text: gated hidden layers (SwiGLU), gains
+   that stay at 1, and a large learning rate together;
+7. does the same on a task where a sink grows by itself: bigrams with a rare copying rule
    ("bigram-backcopy"). A head that has nothing to copy for most tokens rests on the first one. Gates
    behind the attention are trained there as well.
 
@@ -45,10 +47,22 @@ SMALL = {"d": 64, "depth": 4, "length": 64, "lr": 1e-2, "decay": 0.0}
 BACKCOPY = {"task": "backcopy", "d": 64, "depth": 1, "heads": 1, "length": 64, "batch": 16,
             "attention_gates": True}  # fmt: skip
 #: What differs from SETTINGS: "plant" is the value of one embedding channel, alike for every byte;
-#: "task" is what the windows hold (text, text behind a begin token, or bigrams with a copying rule).
+#: "task" is what the windows hold (text, text behind a begin token, or bigrams with a copying rule);
+#: "glu" multiplies the hidden layer by a second one; "frozen_gains" leaves the norms' gains at 1.
 REGIMES: dict[str, dict] = {
     "default": {},
     "planted sink": SMALL | {"plant": 30.0, "steps": 500},
+    "grown residual sink": SMALL
+    | {
+        "depth": 3,
+        "heads": 2,
+        "batch": 16,
+        "glu": True,
+        "frozen_gains": True,
+        "lr": 3e-2,
+        "steps": 600,
+        "absorb": True,
+    },
     "grown sink": BACKCOPY | {"lr": 3e-3, "decay": 0.0, "steps": 1500},
 }
 PLANTED = 7  # the channel
@@ -70,9 +84,10 @@ SEARCH: list[dict] = [
 
 
 class Block(nn.Module):
-    def __init__(self, d: int, heads: int) -> None:
+    def __init__(self, d: int, heads: int, glu: bool = False) -> None:
         super().__init__()
         self.heads = heads
+        self.gate = nn.Linear(d, 4 * d, bias=False) if glu else None
         self.norm1, self.norm2 = nn.RMSNorm(d, eps=1e-6), nn.RMSNorm(d, eps=1e-6)
         self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
         self.up, self.down = nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
@@ -82,14 +97,19 @@ class Block(nn.Module):
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).flatten(2))
-        return x + self.down(F.silu(self.up(self.norm2(x))))
+        h = self.norm2(x)
+        if self.gate is None:
+            return x + self.down(F.silu(self.up(h)))
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
 
 class ByteLM(nn.Module):
-    def __init__(self, d: int, depth: int, heads: int, length: int, vocabulary: int = 256) -> None:
+    def __init__(self, settings: dict, vocabulary: int = 256) -> None:
         super().__init__()
+        d, depth, heads, length = (settings[k] for k in ("d", "depth", "heads", "length"))
         self.embed, self.place = nn.Embedding(vocabulary, d), nn.Embedding(length, d)
-        self.blocks = nn.ModuleList(Block(d, heads) for _ in range(depth))
+        glu = settings.get("glu", False)
+        self.blocks = nn.ModuleList(Block(d, heads, glu) for _ in range(depth))
         self.norm, self.head = nn.RMSNorm(d, eps=1e-6), nn.Linear(d, vocabulary, bias=False)
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -257,6 +277,12 @@ def outliers(model, batches) -> dict[str, float]:
     }
 
 
+def trained(model: nn.Module, settings: dict) -> list[nn.Parameter]:
+    """What is trained: everything, or everything but the norms' gains."""
+    frozen = settings.get("frozen_gains", False)
+    return [p for p in model.parameters() if p.dim() > 1 or not frozen]
+
+
 class Watch:
     """Called during training; appends the outlier figures to a list."""
 
@@ -296,8 +322,7 @@ def one_seed(seed: int, settings: dict, steps: int, tune: int, data, held) -> di
 
     def fresh():
         torch.manual_seed(seed)
-        shape = (settings[k] for k in ("d", "depth", "heads", "length"))
-        model = ByteLM(*shape, data.vocabulary)
+        model = ByteLM(settings, data.vocabulary)
         if "plant" in settings:
             with torch.no_grad():
                 model.embed.weight[:, PLANTED] = settings["plant"]
@@ -311,13 +336,13 @@ def one_seed(seed: int, settings: dict, steps: int, tune: int, data, held) -> di
         history[name] = []
         watch = Watch(model, held[:1], history[name])
         start = time.perf_counter()
-        final = train(model, list(model.parameters()), data, settings, seed, steps, watch)
+        final = train(model, trained(model, settings), data, settings, seed, steps, watch)
         rows[name] = measure(model, example, held) | {"train_loss": final / math.log(2)}
         rows[name]["seconds"] = time.perf_counter() - start
         row = rows[name]
         figures = f"{row['loss']:.4f} bits/byte, W4A4 {row['w4a4_lost']:+.4f}"
         print(f"  seed {seed} {name}: {figures}", flush=True)
-    if "plant" in settings:
+    if settings.get("absorb", "plant" in settings):
         absorb = passes.AbsorbOutliers(
             normfuse.calibrate(plain, [x for x, _ in held], progress=False)
         )
@@ -383,11 +408,8 @@ def search(data: torch.Tensor, held_out: torch.Tensor, everything: dict, out: Pa
         held = list(source(held_out, s).windows(16, s["length"], 1, 2))
         torch.manual_seed(0)
         train_on = source(data, s)
-        shape = (s["d"], s["depth"], s["heads"], s["length"], train_on.vocabulary)
-        model = ByteLM(*shape).to(data.device)
-        frozen = s.get("frozen_gains", False)
-        parameters = [p for p in model.parameters() if p.dim() > 1 or not frozen]
-        train(model, parameters, train_on, s, 0, s["steps"])
+        model = ByteLM(s, train_on.vocabulary).to(data.device)
+        train(model, trained(model, s), train_on, s, 0, s["steps"])
         done.append({"changes": changes, **measure(model, held[0][0], held)})
         figures = (
             "largest channel {stream_max_to_median:.1f}× the median, {first_key_mass:.2f} on the "
@@ -439,6 +461,7 @@ def main() -> None:
         settings |= {"d": 32, "depth": 2, "heads": 2, "length": 80, "batch": 4}
         seeds, steps = 1, 20
         REGIMES["planted sink"] = {"plant": 30.0}
+        REGIMES["grown residual sink"] = {"glu": True, "frozen_gains": True, "absorb": True}
         REGIMES["grown sink"] = {"task": "backcopy", "attention_gates": True}
     device = torch.device(options.device)
     data, held_out = (t.to(device) for t in text(4_000_000))

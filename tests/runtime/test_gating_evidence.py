@@ -192,7 +192,7 @@ def test_the_regime_runs(example):
 
 def test_the_first_tokens_norm_is_its_norm_over_the_medians(example):
     torch.manual_seed(0)
-    model = example.ByteLM(16, 1, 1, 8, 257)
+    model = example.ByteLM({"d": 16, "depth": 1, "heads": 1, "length": 8}, 257)
     with torch.no_grad():
         model.embed.weight.fill_(1.0)
         model.embed.weight[example.BEGIN] = 9.0
