@@ -30,9 +30,10 @@ def example():
     return script(ROOT / "examples/gated_rescaling.py")
 
 
-@pytest.mark.parametrize("regime", ["default", "planted sink", "grown sink"])
+@pytest.mark.parametrize("regime", list(RESULT["regimes"]))
 def test_the_result_is_of_the_experiment_as_it_stands(example, regime):
     assert RESULT["settings"] == example.SETTINGS
+    assert list(RESULT["regimes"]) == list(example.REGIMES)
     assert RESULT["regimes"][regime]["changes"] == example.REGIMES[regime]
     assert [r["changes"] for r in RESULT["search"]] == example.SEARCH
     seeds = RESULT["regimes"][regime]["seeds"]
@@ -66,7 +67,8 @@ def test_the_sentences_hold():
 
     assert "reach a slightly lower loss in the same number of steps" in PAGE
     assert mean("default", "gated", "loss") < mean("default", "plain", "loss")
-    assert "On text, models of this size grow no residual sink by themselves" in PAGE
+    hidden = "On text, models of this size with plain hidden layers grow no residual sink"
+    assert hidden in PAGE and not any("glu" in r["changes"] for r in RESULT["search"])
     grown = [r["stream_max_to_median"] for r in RESULT["search"]]
     grown += figures("default", "plain", "stream_max_to_median")
     assert max(grown) < SINK_RATIO
@@ -98,6 +100,34 @@ def test_the_sentences_hold():
         row = s["rows"]["outliers absorbed"]
         assert 0 < row["norms_absorbed"] < row["norms"] / 2
     assert "+2 points of quality and 1.2 points lost under W4A4 at billions of parameters" in PAGE
+
+
+def test_the_sentences_about_the_grown_residual_sink_hold():
+    def grown(model, key):
+        return figures("grown residual sink", model, key)
+
+    assert "it grows in every seed, to 34 times the median channel or more" in PAGE
+    assert min(grown("plain", "stream_max_to_median")) > 34 > SINK_RATIO
+    assert min(grown("plain", "sinks")) > 0
+    assert "W4A4 then costs 0.18 bits a byte or more" in PAGE
+    assert round(min(grown("plain", "w4a4_lost")), 2) == 0.18
+    assert "With gates behind the norms from the start none grows in any seed" in PAGE
+    assert max(grown("gated", "stream_max_to_median")) < SINK_RATIO
+    assert max(grown("gated", "sinks")) == 0
+    assert "a quarter of that or less" in PAGE
+    pairs = zip(grown("gated", "w4a4_lost"), grown("plain", "w4a4_lost"), strict=True)
+    assert all(g < p / 4 for g, p in pairs)
+    assert "the gated models' loss at full precision is higher in every seed" in PAGE
+    pairs = zip(grown("gated", "loss"), grown("plain", "loss"), strict=True)
+    assert all(g > p for g, p in pairs)
+    assert "under W4A4 the two end level within the spread" in PAGE
+    pairs = zip(grown("gated", "w4a4"), grown("plain", "w4a4"), strict=True)
+    differences = [g - p for g, p in pairs]
+    assert statistics.stdev(differences) > abs(statistics.fmean(differences))
+    assert "Gates added late leave the sink where it is" in PAGE
+    assert min(grown("gates added late", "stream_max_to_median")) > SINK_RATIO
+    assert "no channel is constant enough to be absorbed" in PAGE
+    assert max(grown("outliers absorbed", "norms_absorbed")) == 0
 
 
 def test_the_sentences_about_the_grown_sink_hold():
