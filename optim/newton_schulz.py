@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..runtime import cpp
 from .coefficients import Schedule
 from .kernel_products import KernelProducts
 from .products import Native, Tiled, Whole
@@ -114,10 +115,9 @@ class Plan:
     native: bool = False
     alone: bool = False
 
-    @property
-    def batched(self) -> Any:
-        """The products of a batch."""
-        return self.kernels or (Native if self.native else Whole)
+    def batched(self, x: Tensor) -> Any:
+        """The products of a batch like ``x``."""
+        return self.kernels or (Native if self.native and cpp.is_plain(x) else Whole)
 
 
 def flops(
@@ -286,7 +286,7 @@ def iterate(
         return made if out is None else out.copy_(made)
     out = torch.empty_like(x) if out is None else out
     if not plan.halvings:
-        return run(x, plan.batched, first_gram, out)
+        return run(x, plan.batched(x), first_gram, out)
     # One matrix at a time: each product is large enough to fill the cores, and its operands stay
     # in cache; a batched product into a strided tile would be computed aside and copied.
     ops = Tiled(min(x.shape[-2:]), plan.halvings)

@@ -20,7 +20,6 @@ from torch import Tensor
 from . import polar
 from .products import scratch
 from .quantile import abs_quantile
-from .whitening import whiten
 
 
 @dataclass(frozen=True)
@@ -319,26 +318,28 @@ class StandardizeRows(Stage):
 
 @dataclass(frozen=True)
 class Whiten(Stage):
-    """``(u·uᵀ)^{-1/2}·u`` by the coupled Newton iteration, rescaled to the norm of ``u``.
+    """``(u·uᵀ)^{-1/2}·u`` by Newton's iteration for the inverse root, at the norm of ``u``.
 
-    Done on the shorter side, where the inverse root exists for matrices of full rank; the result
-    (the polar factor) is the same.
+    From ``Z = I``, ``Z ← (3I - Z·(u·uᵀ)·Z)·Z/2``: what it makes of ``u`` is the cubic Newton–Schulz
+    iteration, which is how it is computed. (Products of the coupled form, which carries ``Z·u·uᵀ``
+    along, are symmetric but for rounding; made symmetric they diverge.)
     """
 
     iterations: int = 10
     restore_norm: bool = True
+    transposable: ClassVar[bool] = True
+
+    def _settings(self, dtype: torch.dtype) -> polar.Settings:
+        return polar.Settings(((1.5, -0.5, 0.0),) * self.iterations, dtype=dtype)
 
     def flops(self, rows: int, cols: int) -> float:
-        side, length = min(rows, cols), max(rows, cols)
-        return side * side * (3.0 * length + 3 * self.iterations * side)
+        return polar.flops(rows, cols, self._settings(torch.float32))
 
     def __call__(self, batch: Batch) -> Batch:
         u = batch.update
-        norm = frobenius(u)
-        x = u * safe_inverse(norm)
-        out = whiten(x, self.iterations)
+        out = polar.apply_settings(u, self._settings(u.dtype))
         if self.restore_norm:
-            out = out * (norm * safe_inverse(frobenius(out)))
+            out = out * (frobenius(u) * safe_inverse(frobenius(out)))
         return batch.with_(out)
 
 

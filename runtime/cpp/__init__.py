@@ -1,5 +1,5 @@
 """Our C++ for CPUs, built with the compiler at hand."""
 
-from .products import product, runs
+from .products import is_plain, product, runs
 
-__all__ = ["product", "runs"]
+__all__ = ["is_plain", "product", "runs"]

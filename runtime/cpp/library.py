@@ -11,6 +11,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ..autotune_cache import directory
+from ..autotune_cache import ENV, directory
 
 _SOURCE = Path(__file__).with_name("symmetric.cpp")
 #: What PyTorch says of the processor (``ATEN_CPU_CAPABILITY`` overrides it): the compiler's flags.
@@ -39,6 +40,15 @@ _FLAGS = (
 _SECONDS = 120
 
 _lock = threading.Lock()
+
+
+def _new_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # another thread may have held it
+    os.register_at_fork(after_in_child=_new_lock)
 
 
 class Absent(Exception):
@@ -66,6 +76,8 @@ def _load_once(compiler: str, capability: str) -> tuple[ctypes.CDLL | None, str]
         return _open(compiler, capability), ""
     except Absent as reason:
         return None, str(reason)
+    except (OSError, RuntimeError, ValueError) as error:  # a folder that is not there, or not ours
+        return None, f"{type(error).__name__}: {error}; ${ENV} may name another folder"
 
 
 def _open(compiler: str, capability: str) -> ctypes.CDLL:
@@ -76,41 +88,44 @@ def _open(compiler: str, capability: str) -> ctypes.CDLL:
         raise Absent(
             f"PyTorch reports the processor as {capability}; written for {', '.join(_TARGETS)}"
         )
-    command = (compiler, *_FLAGS, *flags)
+    program = tuple(shlex.split(compiler))
+    command = (*program, *_FLAGS, *flags)
     source = _SOURCE.read_bytes()
     key = hashlib.sha256(source + "\0".join(command).encode()).hexdigest()[:16]
-    file = directory() / f"symmetric-{key}.so"
-    if file.exists():
-        with contextlib.suppress(OSError):  # damaged: built again
-            return ctypes.CDLL(str(file))
-    _build(command, file)
-    try:
-        return ctypes.CDLL(str(file))
-    except OSError as error:
-        raise Absent(f"{file} cannot be loaded: {error}") from error
+    folder = directory().resolve()
+    for file in folder.glob(f"symmetric-{key}-*.so"):
+        # a file cut short is mapped all the same, and kills the process when it is read
+        if file.stem.endswith(f"-{file.stat().st_size}"):
+            with contextlib.suppress(OSError):
+                return ctypes.CDLL(str(file))
+    return ctypes.CDLL(str(_build(program, command, folder, key)))
 
 
-def _build(command: tuple[str, ...], file: Path) -> None:
-    """Compile to ``file``; another process may do the same at the same time."""
-    if shutil.which(command[0]) is None:
-        raise Absent(f"no compiler {command[0]}")
+def _build(program: tuple[str, ...], command: tuple[str, ...], folder: Path, key: str) -> Path:
+    """Compile into ``folder``; another process may do the same at the same time."""
+    if not program or shutil.which(program[0]) is None:
+        raise Absent(f"no compiler {program[0] if program else ''}")
     try:
-        version = _run((command[0], "--version"))
-        if "clang" in version.lower():
+        if "clang" in _run((*program, "--version")).lower():
             # its OpenMP runtime beside PyTorch's would be a second set of threads
-            raise Absent(f"{command[0]} is clang; GCC is needed")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            built = Path(folder) / file.name
+            raise Absent(f"{program[0]} is clang; GCC is needed")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            built = Path(place) / "symmetric.so"
             _run((*command, str(_SOURCE), "-o", str(built)))
-            os.replace(built, file)
-    except OSError as error:
-        raise Absent(f"cannot write {file}: {error}") from error
+            with built.open("rb") as file:
+                os.fsync(file.fileno())
+            # its size is in its name: see above
+            kept = folder / f"symmetric-{key}-{built.stat().st_size}.so"
+            os.replace(built, kept)
+            return kept
     except subprocess.SubprocessError as error:
         said = (getattr(error, "stderr", "") or str(error)).strip()
-        raise Absent(f"{command[0]} failed: {said[-500:]}") from error
+        raise Absent(f"{program[0]} failed: {said[-500:]}") from error
 
 
 def _run(command: tuple[str, ...]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS)
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", check=True, timeout=_SECONDS
+    )
     return done.stdout

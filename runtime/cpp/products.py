@@ -29,6 +29,17 @@ def runs(dtype: torch.dtype, device: torch.device | str) -> bool:
     return _function(dtype) is not None
 
 
+def is_plain(x: Tensor) -> bool:
+    """Whether memory holds the numbers of ``x`` as it says: no subclass, no transform, nothing lazy."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and not torch._is_functional_tensor(x)
+        and not x.is_neg()
+        and not x._is_zerotensor()
+    )
+
+
 @functools.cache
 def _function(dtype: torch.dtype) -> Any:
     found = library.load()
@@ -53,7 +64,7 @@ def product(
     """``out = alpha·a·b + beta·base`` for each matrix of a batch.
 
     Args:
-        a: ``[B, m, k]``, float32 or float64, on the CPU.
+        a: ``[B, m, k]``, float32 or float64, on the CPU; like the others as :func:`is_plain` says.
         b: ``[B, k, n]``, likewise.
         out: ``[B, m, n]``; overlaps no operand.
         base: ``[B, m, n]``; ``None``: nothing is added.
@@ -65,6 +76,8 @@ def product(
     n = b.shape[2]
     if out.numel() == 0:
         return out
+    if k == 0:
+        return out.zero_() if base is None else torch.mul(base, beta, out=out)
     if out.stride(2) != 1:
         made = product(
             a, b, out.new_empty(out.shape), base=base, alpha=alpha, beta=beta, symmetric=symmetric

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from normfuse import optim
-from normfuse.optim import buckets
+from normfuse.optim import buckets, kernel_products
 from normfuse.optim import coefficients as co
 
 STEPS = 22
@@ -422,6 +422,24 @@ def test_swan_whitens():
         else:  # six columns: standardized rows keep full column rank minus one direction
             top = np.linalg.svd(w.detach().numpy(), compute_uv=False)
             assert np.isfinite(top).all()
+
+
+@pytest.mark.parametrize("policy", ["auto", "never"])
+@pytest.mark.parametrize("shape", [(256, 256), (128, 512), (512, 128), (340, 340)])
+@pytest.mark.parametrize("iterations", [10, 16, 20])
+def test_swan_stays_stable(shape, iterations, policy):
+    """Rank-deficient gradients leave the iteration a null space to fill with rounding errors."""
+    rng = torch.Generator().manual_seed(0)
+    low = torch.randn(shape[0], 8, generator=rng) @ torch.randn(8, shape[1], generator=rng)
+    for g in (low, torch.randn(shape, generator=rng)):
+        steps = []
+        for dtype in (torch.float64, torch.float32):
+            p = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
+            p.grad = g.to(dtype)
+            with kernel_products.kernels(policy):
+                optim.SWAN([p], lr=1.0, iterations=iterations).step()
+            steps.append(p.detach().double())
+        assert float((steps[1] - steps[0]).norm() / steps[0].norm()) < 2e-3
 
 
 def test_mup_condition():

@@ -13,6 +13,7 @@ from normfuse import optim
 from normfuse.optim import kernel_products as kp
 from normfuse.runtime import autotune_cache, cpp, doctor
 from normfuse.runtime.cpp import library, products
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 CPU = torch.device("cpu")
@@ -130,6 +131,12 @@ def test_where_it_is_used(monkeypatch):
     with FlopCounterMode(display=False) as counter:  # it would not see our products
         optim.orthogonalize(torch.randn(2, 80, 90), method="direct", coefficients="jordan")
     assert counter.get_total_flops() == 2 * 5 * (4 * 80 * 80 * 90 + 2 * 80**3)
+    for member in (optim.Muon, optim.SWAN):  # their operators are counted as what they execute
+        p = torch.nn.Parameter(torch.randn(80, 90))
+        p.grad = torch.randn(80, 90)
+        with FlopCounterMode(display=False) as counter:
+            member([p], lr=0.1).step()
+        assert 5 * 80 * 80 * 90 < counter.get_total_flops() < 100 * 80 * 80 * 90
     called = []
     plain = products._function
 
@@ -140,6 +147,26 @@ def test_where_it_is_used(monkeypatch):
     monkeypatch.setattr(products, "_function", watched)
     optim.orthogonalize(torch.randn(2, 80, 90))
     assert called
+
+
+@here
+def test_tensors_whose_memory_is_not_theirs_are_left_to_pytorch():
+    x = torch.randn(2, 80, 100)
+    want = optim.orthogonalize(x)
+
+    def close(got):
+        return float((got - want).norm() / want.norm()) < 1e-4
+
+    assert close(torch.func.functionalize(optim.orthogonalize)(x))
+    assert close(optim.orthogonalize(TwoTensor(x, x.clone())).a)
+    seen = []
+    torch.func.grad(lambda t: seen.append(optim.orthogonalize(t)) or t.sum())(x)
+    assert len(seen) == 1
+    for lazy in (torch._neg_view(x), torch._efficientzerotensor(2, 80, 100)):
+        assert not cpp.is_plain(lazy)
+    assert cpp.is_plain(x) and cpp.is_plain(torch.nn.Parameter(x)) and cpp.is_plain(x.mT)
+    nothing = cpp.product(x[:, :, :0], x.mT[:, :0], torch.empty(2, 80, 80), base=None)
+    assert (nothing == 0).all()
 
 
 @here
@@ -181,11 +208,13 @@ def test_built_once_and_again_if_damaged(monkeypatch, tmp_path, as_before):
     stamp = file.stat().st_mtime_ns
     fresh(monkeypatch, tmp_path)
     assert library.load() is not None and file.stat().st_mtime_ns == stamp
-    damaged = tmp_path / "other"
-    damaged.mkdir()
-    (damaged / file.name).write_bytes(b"half a library")
-    fresh(monkeypatch, damaged)
-    assert library.load() is not None
+    whole = file.read_bytes()
+    for size in (0, 14, 4096, len(whole) - 4096):  # to load some of these would kill the process
+        damaged = tmp_path / str(size)
+        damaged.mkdir()
+        (damaged / file.name).write_bytes(whole[:size])
+        fresh(monkeypatch, damaged)
+        assert library.load() is not None and (damaged / file.name).read_bytes() == whole
 
 
 @here
@@ -233,7 +262,27 @@ def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path, as_before):
     blocked = tmp_path / "file"
     blocked.write_text("")
     fresh(monkeypatch, blocked)
-    assert library.load() is None and "cannot write" in library.why_absent()
+    assert library.load() is None and autotune_cache.ENV in library.why_absent()
+    assert "FileExistsError" in library.why_absent() or "NotADirectory" in library.why_absent()
+
+
+@here
+def test_a_compiler_with_arguments_and_no_home(monkeypatch, tmp_path, as_before):
+    wrapper = tmp_path / "a wrapper"
+    wrapper.write_text('#!/bin/sh\nexec "$@"\n')
+    wrapper.chmod(0o755)
+    fresh(monkeypatch, tmp_path / "a cache", CXX=f"'{wrapper}' g++")
+    assert library.load() is not None
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.chdir(tmp_path)
+    fresh(monkeypatch, ".")
+    assert library.load() is not None
+    fresh(monkeypatch, ".")
+    monkeypatch.setattr(library, "directory", homeless)
+    assert library.load() is None and autotune_cache.ENV in library.why_absent()
 
 
 @here
