@@ -13,8 +13,8 @@ Distance of the result from the exact polynomial in float64 (Frobenius, relative
 float64 1e-9; float32 3e-4 in the direct form and 5e-4 in the Gram form on well-conditioned input,
 1e-3 on input of condition 1e3 (3e-3 for ``cans``, whose first row is steep, and 2e-2 over twenty
 steps); float16 2e-2 and bfloat16 3e-2, on condition 1e3 5e-2 and 0.12. On rank-deficient input bfloat16
-fills the null space with noise. Common sets (``jordan``, ``you``, ``polar_express``) reach 1e-5 in float32
-direct form.
+fills the null space with noise. Common sets (``jordan``, ``you``, ``polar_express``) reach 1e-5 in
+float32 direct form.
 """
 
 from __future__ import annotations
