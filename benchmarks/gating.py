@@ -2,7 +2,8 @@
 
     python benchmarks/gating.py [--quick] [--device cuda] [--out benchmarks/results/gating.json]
 
-Rows: the norm op alone and a whole pre-RMSNorm decoder (``models.py``) with a gate behind every norm.
+Rows: the norm op alone (forward and backward) and a whole pre-RMSNorm decoder (``models.py``) with a gate
+behind every norm (forward, backward and AdamW's fused step; the first two also by themselves).
 Columns: eager (unfused), Inductor, and the normfuse backend, each plain and gated. These two take turns;
 the figure is the median over rounds of the per-round ratio gated/plain, with its 95 % interval.
 Memory: new parameters, what the forward keeps for the backward, and page faults per step (each a page
@@ -14,16 +15,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import json
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from models import llama
 from normfuse import passes
-from normfuse.runtime.measure import environment, interleaved, paired_ratio
+from normfuse.runtime.measure import environment, interleaved, paired_ratio, synchronize
 from normfuse.runtime.provenance import source_hash
 from torch import nn
 
@@ -44,8 +45,30 @@ def variants(model: nn.Module, x: torch.Tensor, backends: list[str]) -> dict[str
     return out
 
 
-def step(module: nn.Module, x: torch.Tensor) -> None:
+def forward_backward(module: nn.Module, x: torch.Tensor) -> None:
     module(x).square().mean().backward()
+
+
+class Step:
+    """A training step; with an optimizer if ``trains``."""
+
+    def __init__(self, module: nn.Module, x: torch.Tensor, trains: bool) -> None:
+        self.module, self.x = module, x
+        self.optimizer = None
+        if trains:
+            self.optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True)
+        self.faults: list[int] = []
+        self.without_optimizer: list[float] = []
+
+    def __call__(self) -> None:
+        before, start = page_faults(), time.perf_counter()
+        forward_backward(self.module, self.x)
+        if self.optimizer is not None:
+            synchronize()
+            self.without_optimizer.append(time.perf_counter() - start)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.faults.append(page_faults() - before)
 
 
 def saved_bytes(module: nn.Module, x: torch.Tensor) -> int:
@@ -74,22 +97,14 @@ def page_faults() -> int:
     return 0
 
 
-def counted_step(module: nn.Module, x: torch.Tensor, faults: list[int]) -> None:
-    before = page_faults()
-    step(module, x)
-    faults.append(page_faults() - before)
-
-
-def compare(model: nn.Module, x: torch.Tensor, backends: list[str], rounds: int) -> dict:
+def compare(
+    model: nn.Module, x: torch.Tensor, backends: list[str], rounds: int, trains: bool
+) -> dict:
     """Seconds per training step, plain and gated in turns; errors are recorded as such."""
     modules = variants(model, x, backends)
     rows: dict[str, Any] = {}
     for backend in backends:
-        faults: dict[str, list[int]] = {"plain": [], "gated": []}
-        pair = {
-            kind: functools.partial(counted_step, modules[f"{backend} {kind}"], x, counts)
-            for kind, counts in faults.items()
-        }
+        pair = {k: Step(modules[f"{backend} {k}"], x, trains) for k in ("plain", "gated")}
         try:
             times = interleaved(pair, rounds)
         except Exception as error:
@@ -97,14 +112,18 @@ def compare(model: nn.Module, x: torch.Tensor, backends: list[str], rounds: int)
             continue
         ratio = paired_ratio(times["gated"], times["plain"])
         rows[backend] = {"ratio": ratio.value, "interval": [ratio.low, ratio.high]}
+        if trains:
+            parts = (pair[kind].without_optimizer[-rounds:] for kind in ("gated", "plain"))
+            part = paired_ratio(*parts)
+            rows[backend]["without_optimizer"] = [part.value, part.low, part.high]
         for kind, seconds in times.items():
             module = modules[f"{backend} {kind}"]
             rows[backend][f"{kind}_ms"] = 1e3 * statistics.median(seconds)
             rows[backend][f"{kind}_saved_bytes"] = saved_bytes(module, x)
-            rows[backend][f"{kind}_page_faults"] = statistics.median(faults[kind])
+            rows[backend][f"{kind}_page_faults"] = statistics.median(pair[kind].faults)
             if x.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-                step(module, x)
+                pair[kind]()
                 rows[backend][f"{kind}_peak_bytes"] = torch.cuda.max_memory_allocated()
     sizes = {
         name: sum(
@@ -140,8 +159,9 @@ def main() -> None:
         ("norm op", rms(d), torch.randn(*shape, d)),
         (f"{depth} layers", llama(d, depth, heads)(rms), torch.randint(0, 4096, shape)),
     ):
-        x = x.to(options.device)
-        rows = results[name] = compare(model.to(options.device), x, options.backends, rounds)
+        model, x = model.to(options.device), x.to(options.device)
+        rows = compare(model, x, options.backends, rounds, trains=name != "norm op")
+        results[name] = rows
         print(f"{name}, d = {d}, {shape[0]}×{shape[1]} tokens, {options.device}")
         for backend in options.backends:
             r = rows[backend]
