@@ -45,10 +45,6 @@ def variants(model: nn.Module, x: torch.Tensor, backends: list[str]) -> dict[str
     return out
 
 
-def forward_backward(module: nn.Module, x: torch.Tensor) -> None:
-    module(x).square().mean().backward()
-
-
 class Step:
     """A training step; with an optimizer if ``trains``."""
 
@@ -62,7 +58,7 @@ class Step:
 
     def __call__(self) -> None:
         before, start = page_faults(), time.perf_counter()
-        forward_backward(self.module, self.x)
+        self.module(self.x).square().mean().backward()
         if self.optimizer is not None:
             synchronize()
             self.without_optimizer.append(time.perf_counter() - start)

@@ -53,15 +53,14 @@ def batched_newton_schulz(
     native = kernel_products.native(rows, cols, work, device)
     plan = ns.make_plan(rows, cols, schedule, work, device.type, kernels=kernels, native=native)
     if plan.alone:
-        return [_one(x, schedule, work, native) for x in xs]
+        return [_one(x, schedule, work, plan) for x in xs]
     turned = [x.shape != xs[0].shape for x in xs]
     batch = torch.stack([x.mT if t else x for x, t in zip(xs, turned, strict=True)]).to(work)
     out = ns.iterate(batch, schedule, plan).to(xs[0].dtype)
     return [y.mT if t else y for y, t in zip(out.unbind(), turned, strict=True)]
 
 
-def _one(x: Tensor, schedule: Schedule, work: torch.dtype, native: bool) -> Tensor:
-    plan = ns.make_plan(*x.shape, schedule, work, x.device.type, native=native)
+def _one(x: Tensor, schedule: Schedule, work: torch.dtype, plan: ns.Plan) -> Tensor:
     scratch = x.to(work, copy=True, memory_format=torch.contiguous_format)
     return ns.iterate(scratch[None], schedule, plan)[0].to(x.dtype)
 

@@ -1,4 +1,4 @@
-"""Newton–Schulz products on GPUs by our Triton kernels, and where these are used.
+"""Newton–Schulz products on GPUs by our Triton kernels, and where these and our C++ on CPUs are used.
 
 A kernel computes half of a symmetric product and adds ``b·A`` or ``a·X`` where it stores; batched
 library products compute all of it and copy the addend first. Which is faster is predicted from the

@@ -13,10 +13,9 @@ matrix is never transposed, it is multiplied from the right instead.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -172,7 +171,7 @@ def make_plan(
         share = kernels.share
     elif native:
         share = 0.5 + _CROSSING / m
-    made = functools.partial(Plan, halvings=halvings, kernels=kernels, native=native, alone=alone)
+    made = partial(Plan, halvings=halvings, kernels=kernels, native=native, alone=alone)
     direct = flops(rows, cols, schedule, None, share)
     if method == "direct" or not schedule:
         return made("direct", (), flops=direct)

@@ -94,13 +94,12 @@ class Native:
     def symmetric(
         s: Tensor, t: Tensor, base: Tensor, beta: float, alpha: float, out: Tensor
     ) -> Tensor:
-        addend = base if beta else None
-        return cpp.product(s, t, out, base=addend, beta=beta, alpha=alpha, symmetric=True)
+        return cpp.product(s, t, out, base=base, beta=beta, alpha=alpha, symmetric=True)
 
     @staticmethod
     def apply(x: Tensor, b: Tensor, a: float, tall: bool, out: Tensor) -> Tensor:
         left, right = (x, b) if tall else (b, x)
-        return cpp.product(left, right, out, base=x if a else None, beta=a)
+        return cpp.product(left, right, out, base=x, beta=a)
 
 
 #: Where a tile lies: its rows, its columns.

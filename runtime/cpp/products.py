@@ -17,12 +17,12 @@ _Strides = ctypes.c_int64 * 3
 _Sizes = ctypes.c_int64 * 4
 
 
-def runs(dtype: torch.dtype, device: torch.device | str) -> bool:
+def runs(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether :func:`product` works here; the first call on a machine compiles the library.
 
     Not under a mode (a tracer, a counter of FLOPs), which would not see it.
     """
-    if dtype not in DTYPES or torch.device(device).type != "cpu":
+    if dtype not in DTYPES or device.type != "cpu":
         return False
     if torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling():
         return False
@@ -67,7 +67,7 @@ def product(
         a: ``[B, m, k]``, float32 or float64, on the CPU; like the others as :func:`is_plain` says.
         b: ``[B, k, n]``, likewise.
         out: ``[B, m, n]``; overlaps no operand.
-        base: ``[B, m, n]``; ``None``: nothing is added.
+        base: ``[B, m, n]``, not read with ``beta`` 0; ``None``: nothing is added.
         symmetric: the result is (``m == n``): its lower triangle is computed and mirrored.
 
     Results depend neither on the number of threads nor on the batch.
@@ -76,6 +76,8 @@ def product(
     n = b.shape[2]
     if out.numel() == 0:
         return out
+    if beta == 0.0:
+        base = None
     if k == 0:
         return out.zero_() if base is None else torch.mul(base, beta, out=out)
     if out.stride(2) != 1:

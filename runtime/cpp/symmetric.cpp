@@ -174,8 +174,8 @@ struct Products {
   }
 
   // The rows and columns of one result that `rows` and `columns` say; of a symmetric one, their part of
-  // the lower triangle, and its mirror image.
-  static void part(const Operands& o, Range rows, Range columns) {
+  // the lower triangle, and its mirror image. Compiled once: copies for other callers may round otherwise.
+  __attribute__((noinline, noclone)) static void part(const Operands& o, Range rows, Range columns) {
     static thread_local Panels panels;
     const bool along = o.a.column == 1;
     for (int64_t left = columns.begin; left < columns.end; left += PANEL_COLUMNS) {
@@ -206,11 +206,9 @@ struct Products {
               // entries above the diagonal are written by who mirrors those below it, and nobody else
               const bool cut = o.symmetric && j + width > i + 1;
               T* out = o.out.at(i, j);
-              const T* base = o.base.data ? o.base.at(i, j) : nullptr;
-              if (k)
-                store(tile, height, width, cut, i - j + 1, o.alpha, out, o.out.row, T(1), out, o.out.row);
-              else
-                store(tile, height, width, cut, i - j + 1, o.alpha, base, o.base.row, o.beta, out, o.out.row);
+              const T* addend = k ? out : o.base.data ? o.base.at(i, j) : nullptr;
+              store(tile, height, width, cut, i - j + 1, o.alpha, addend, k ? o.out.row : o.base.row,
+                    k ? T(1) : o.beta, out, o.out.row);
             }
         }
       }
@@ -285,5 +283,3 @@ void product(const int64_t* sizes, const T* a, const int64_t* a_strides, const T
 
 NORMFUSE_PRODUCT(normfuse_product_float32, float)
 NORMFUSE_PRODUCT(normfuse_product_float64, double)
-
-extern "C" int normfuse_vector_bytes() { return VECTOR_BYTES; }

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from normfuse import optim
 from normfuse.optim import kernel_products as kp
@@ -67,6 +67,7 @@ def test_products(batch, m, n, k, left, right, third, fourth, dtype, beta):
 
 @here
 @settings(max_examples=60, deadline=None)
+@example(1, 18, 1, False, 2, torch.float64)
 @given(
     st.integers(1, 5), sides, sides, st.booleans(), st.integers(1, 5),
     st.sampled_from([torch.float32, torch.float64]),
