@@ -40,6 +40,7 @@ from ..passes.verify import check_recognition, check_working
 from ..passes.weights import WeightCache, WeightProgram, keep_nonfinite, mark_recompute, split
 from . import autotune_cache, kernel_failures, lower_checks
 from .lower import expand
+from .lower_cpp import lower_to_cpp
 from .lower_kernels import lower_to_kernels, summary
 from .options import Options, parse
 from .provenance import source_hash, trace_artifact
@@ -309,18 +310,24 @@ def rewrite_dynamo(
             _verified(traced, context, report, settings)
     applied = any(s.applied for s in report.sites)
     spare = None
-    if settings.kernels and (device := _where(tensors)).type == lower_checks.DEVICE:
+    device, ours = _where(tensors), False
+    if settings.kernels and device.type == lower_checks.DEVICE:
         spare = _copy(traced)
         lowered = lower_to_kernels(traced, device, policy=settings.policy)
         report.notes += summary(lowered)
-        if not any(entry.kernel for entry in lowered):
+        ours = any(entry.kernel for entry in lowered)
+        if not ours:
             spare = None
-    if training and not applied and spare is None:
+    elif settings.kernels is not False and device.type == "cpu":
+        lowered = lower_to_cpp(traced, policy=settings.policy)
+        report.notes += summary(lowered)
+        ours = any(entry.kernel for entry in lowered)
+    if training and not applied and not ours:
         report.notes.append(
             "gradients are enabled, so folded weights would be recomputed at every step; "
             "for inference call the model under torch.no_grad()"
         )
-    if not applied and spare is None:
+    if not applied and not ours:
         return None
     limit = settings.max_folded_bytes if settings.policy == "pays" else math.inf
     again = None if spare is None else lambda: _program(spare, training, limit)

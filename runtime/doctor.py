@@ -85,7 +85,7 @@ def examine(try_it: bool = False) -> Diagnosis:
     )
     add(_inductor())
     add(_compiler())
-    add(_cpp())
+    d.findings.extend(_cpp())
     add(_device())
     add(_backend())
     d.findings.extend(_switches())
@@ -137,15 +137,19 @@ def _torch() -> Finding:
     return Finding("torch", torch.__version__, tested, "" if tested else "tested with 2.11 to 2.13")
 
 
-def _cpp() -> Finding:
+def _cpp() -> list[Finding]:
     import torch
 
     from .cpp import library
 
     capability = torch.backends.cpu.get_cpu_capability()
-    if library.load() is not None:
-        return Finding("symmetric products on CPUs", f"C++ for {capability}")
-    return Finding("symmetric products on CPUs", "PyTorch's", None, library.why_absent())
+    out = []
+    for name, what in (("symmetric", "symmetric products on CPUs"), ("gate", "gates on CPUs")):
+        if reason := library.why_absent(name):
+            out.append(Finding(what, "PyTorch's", None, reason))
+        else:
+            out.append(Finding(what, f"C++ for {capability}"))
+    return out
 
 
 def _inductor() -> Finding:

@@ -27,9 +27,10 @@ class Options:
         fuel: number of site rewrites allowed, for bisection.
         max_folded_bytes: under the policy ``"pays"``, the memory a graph may spend on folded copies
             of weights in inference; a graph that wants more is left alone.
-        kernels: on CUDA and ROCm, let our Triton kernels take the sites their cost model wants. Off
-            by default: they are proved by interpreter and cross-compilation, not yet timed on a
-            GPU. Without them Inductor compiles the rewritten graph.
+        kernels: let our own kernels take the sites they are for: Triton's on CUDA and ROCm, those
+            their cost model wants; C++ on CPUs, gates. By default (``None``) only the latter: Triton's
+            are proved by interpreter and cross-compilation, not yet timed on a GPU. ``False``: Inductor
+            compiles all of the rewritten graph.
         inductor: everything else, validated against Inductor's own configuration.
     """
 
@@ -40,7 +41,7 @@ class Options:
     strict: bool = False
     fuel: int | None = None
     max_folded_bytes: int = 2 << 30
-    kernels: bool = False
+    kernels: bool | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
 
 
@@ -52,7 +53,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "strict": (bool,),
     "fuel": (int, type(None)),
     "max_folded_bytes": (int,),
-    "kernels": (bool,),
+    "kernels": (bool, type(None)),
 }
 
 OWN = tuple(f.name for f in fields(Options) if f.name != "inductor")

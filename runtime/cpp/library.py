@@ -1,7 +1,7 @@
-"""Builds ``symmetric.cpp`` with the compiler at hand, once per machine, and loads it.
+"""Builds a ``.cpp`` of this folder with the compiler at hand, once per machine, and loads it.
 
 Without a compiler, or where the processor is not one it was written for, there is none: ``normfuse
-doctor`` says why, and what would have used it multiplies with PyTorch.
+doctor`` says why, and what would have used it computes with PyTorch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import torch
 
 from ..autotune_cache import ENV, directory
 
-_SOURCE = Path(__file__).with_name("symmetric.cpp")
+#: Sources, each a library of its own, by the name of its file.
+NAMES = ("gate", "symmetric")
+_FOLDER = Path(__file__).parent
 #: What PyTorch says of the processor (``ATEN_CPU_CAPABILITY`` overrides it): the compiler's flags.
 _TARGETS = {
     "AVX2": ("-mavx2", "-mfma"),
@@ -55,32 +57,33 @@ class Absent(Exception):
     """Why there is no library here."""
 
 
-def load() -> ctypes.CDLL | None:
+def load(name: str) -> ctypes.CDLL | None:
     """The library; ``None`` where it cannot be had. The first call on a machine compiles it."""
-    return _load()[0]
+    return _load(name)[0]
 
 
-def why_absent() -> str:
+def why_absent(name: str) -> str:
     """Why :func:`load` gives nothing; empty if it gives the library."""
-    return _load()[1]
+    return _load(name)[1]
 
 
-def _load() -> tuple[ctypes.CDLL | None, str]:
+def _load(name: str) -> tuple[ctypes.CDLL | None, str]:
+    compiler, capability = os.environ.get("CXX") or "g++", torch.backends.cpu.get_cpu_capability()
     with _lock:
-        return _load_once(os.environ.get("CXX") or "g++", torch.backends.cpu.get_cpu_capability())
+        return _load_once(name, compiler, capability)
 
 
 @functools.lru_cache(maxsize=8)
-def _load_once(compiler: str, capability: str) -> tuple[ctypes.CDLL | None, str]:
+def _load_once(name: str, compiler: str, capability: str) -> tuple[ctypes.CDLL | None, str]:
     try:
-        return _open(compiler, capability), ""
+        return _open(name, compiler, capability), ""
     except Absent as reason:
         return None, str(reason)
     except (OSError, RuntimeError, ValueError) as error:  # a folder that is not there, or not ours
         return None, f"{type(error).__name__}: {error}; ${ENV} may name another folder"
 
 
-def _open(compiler: str, capability: str) -> ctypes.CDLL:
+def _open(name: str, compiler: str, capability: str) -> ctypes.CDLL:
     if os.name != "posix":
         raise Absent(f"not built on {os.name}")
     flags = _TARGETS.get(capability)
@@ -90,18 +93,18 @@ def _open(compiler: str, capability: str) -> ctypes.CDLL:
         )
     program = tuple(shlex.split(compiler))
     command = (*program, *_FLAGS, *flags)
-    source = _SOURCE.read_bytes()
-    key = hashlib.sha256(source + "\0".join(command).encode()).hexdigest()[:16]
+    source = _FOLDER / f"{name}.cpp"
+    key = hashlib.sha256(source.read_bytes() + "\0".join(command).encode()).hexdigest()[:16]
     folder = directory().resolve()
-    for file in folder.glob(f"symmetric-{key}-*.so"):
+    for file in folder.glob(f"{name}-{key}-*.so"):
         # a file cut short is mapped all the same, and kills the process when it is read
         if file.stem.endswith(f"-{file.stat().st_size}"):
             with contextlib.suppress(OSError):
                 return ctypes.CDLL(str(file))
-    return ctypes.CDLL(str(_build(program, command, folder, key)))
+    return ctypes.CDLL(str(_build(program, (*command, str(source)), folder, f"{name}-{key}")))
 
 
-def _build(program: tuple[str, ...], command: tuple[str, ...], folder: Path, key: str) -> Path:
+def _build(program: tuple[str, ...], command: tuple[str, ...], folder: Path, stem: str) -> Path:
     """Compile into ``folder``; another process may do the same at the same time."""
     if not program or shutil.which(program[0]) is None:
         raise Absent(f"no compiler {program[0] if program else ''}")
@@ -111,12 +114,12 @@ def _build(program: tuple[str, ...], command: tuple[str, ...], folder: Path, key
             raise Absent(f"{program[0]} is clang; GCC is needed")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as place:
-            built = Path(place) / "symmetric.so"
-            _run((*command, str(_SOURCE), "-o", str(built)))
+            built = Path(place) / "built.so"
+            _run((*command, "-o", str(built)))
             with built.open("rb") as file:
                 os.fsync(file.fileno())
             # its size is in its name: see above
-            kept = folder / f"symmetric-{key}-{built.stat().st_size}.so"
+            kept = folder / f"{stem}-{built.stat().st_size}.so"
             os.replace(built, kept)
             return kept
     except subprocess.SubprocessError as error:

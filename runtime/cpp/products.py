@@ -42,7 +42,7 @@ def is_plain(x: Tensor) -> bool:
 
 @functools.cache
 def _function(dtype: torch.dtype) -> Any:
-    found = library.load()
+    found = library.load("symmetric")
     if found is None:
         return None
     call = getattr(found, f"normfuse_product_{str(dtype).removeprefix('torch.')}")

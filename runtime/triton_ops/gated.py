@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...passes import ops as vocabulary
 from .. import devices
+from ..derivatives import once
 from ..kernels import gated as kernels
 from ..kernels import plans
 from . import launch as run
@@ -237,4 +238,4 @@ def _backward_gated(ctx: Any, dout: Tensor, *_: Any) -> tuple:
     )
 
 
-gated_norm.register_autograd(run.once(_backward_gated), setup_context=_save_gated)
+gated_norm.register_autograd(once(_backward_gated), setup_context=_save_gated)

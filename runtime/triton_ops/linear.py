@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import devices
 from ..activations import ACTIVATIONS
 from ..autotune_cache import tuned
+from ..derivatives import once
 from ..kernels import linear as kernels
 from ..kernels import persistent, plans
 from . import launch as run
@@ -399,5 +400,5 @@ def _backward_scaled(ctx: Any, dy: Tensor) -> tuple:
     return dx, dweight, dscale, dbias, dup, dup_bias, None, None
 
 
-norm_linear.register_autograd(run.once(_backward_norm_linear), setup_context=_save_norm_linear)
+norm_linear.register_autograd(once(_backward_norm_linear), setup_context=_save_norm_linear)
 scaled_linear.register_autograd(_backward_scaled, setup_context=_save_scaled)

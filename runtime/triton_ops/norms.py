@@ -12,6 +12,7 @@ from torch import Tensor
 from ...passes import ops as vocabulary
 from .. import devices
 from ..autotune_cache import tuned
+from ..derivatives import once
 from ..kernels import norms as kernels
 from ..kernels import plans
 from . import launch as run
@@ -412,8 +413,8 @@ def _backward_add_norm(ctx: Any, dy: Tensor | None, ds: Tensor | None, _: Any) -
     return dx, dr, dgain, dbias, None, None, None, None
 
 
-norm.register_autograd(run.once(_backward_norm), setup_context=_save_norm)
-add_norm.register_autograd(run.once(_backward_add_norm), setup_context=_save_add_norm)
+norm.register_autograd(once(_backward_norm), setup_context=_save_norm)
+add_norm.register_autograd(once(_backward_add_norm), setup_context=_save_add_norm)
 
 
 def _rstd_gradient(h: Tensor, rstd: Tensor, g: Tensor) -> Tensor:

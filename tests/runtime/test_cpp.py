@@ -17,7 +17,9 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 CPU = torch.device("cpu")
-here = pytest.mark.skipif(library.load() is None, reason=library.why_absent() or "built")
+SYMMETRIC = "symmetric"
+absent = library.why_absent(SYMMETRIC)
+here = pytest.mark.skipif(bool(absent), reason=absent or "built")
 
 
 def matrices(*shape, dtype=torch.float64, layout="rows", seed=0):
@@ -204,23 +206,23 @@ def as_before():
 @here
 def test_built_once_and_again_if_damaged(monkeypatch, tmp_path, as_before):
     fresh(monkeypatch, tmp_path)
-    assert library.load() is not None and library.why_absent() == ""
+    assert library.load(SYMMETRIC) is not None and library.why_absent(SYMMETRIC) == ""
     (file,) = tmp_path.iterdir()  # and nothing left beside it
     stamp = file.stat().st_mtime_ns
     fresh(monkeypatch, tmp_path)
-    assert library.load() is not None and file.stat().st_mtime_ns == stamp
+    assert library.load(SYMMETRIC) is not None and file.stat().st_mtime_ns == stamp
     whole = file.read_bytes()
     for size in (0, 14, 4096, len(whole) - 4096):  # to load some of these would kill the process
         damaged = tmp_path / str(size)
         damaged.mkdir()
         (damaged / file.name).write_bytes(whole[:size])
         fresh(monkeypatch, damaged)
-        assert library.load() is not None and (damaged / file.name).read_bytes() == whole
+        assert library.load(SYMMETRIC) is not None and (damaged / file.name).read_bytes() == whole
 
 
 @here
 def test_processes_build_at_the_same_time(tmp_path):
-    code = "from normfuse.runtime.cpp import library; assert library.load(), library.why_absent()"
+    code = "from normfuse.runtime.cpp import library as l; assert l.load('symmetric')"
     env = {**os.environ, autotune_cache.ENV: str(tmp_path)}
     runs = [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(3)]
     assert [r.wait(timeout=120) for r in runs] == [0, 0, 0]
@@ -248,7 +250,7 @@ def test_without_a_compiler_pytorch_multiplies(compiler, said, monkeypatch, tmp_
         script.chmod(0o755)
     chosen = compiler if compiler.startswith("no-") else str(tmp_path / compiler)
     fresh(monkeypatch, tmp_path / "cache", CXX=chosen)
-    assert library.load() is None and said in library.why_absent()
+    assert library.load(SYMMETRIC) is None and said in library.why_absent(SYMMETRIC)
     (line,) = [f for f in doctor.examine().findings if f.what == "symmetric products on CPUs"]
     assert line.state == "PyTorch's" and line.ok is None and said in line.advice
     x = matrices(2, 100, 130)
@@ -263,8 +265,10 @@ def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path, as_before):
     blocked = tmp_path / "file"
     blocked.write_text("")
     fresh(monkeypatch, blocked)
-    assert library.load() is None and autotune_cache.ENV in library.why_absent()
-    assert "FileExistsError" in library.why_absent() or "NotADirectory" in library.why_absent()
+    assert library.load(SYMMETRIC) is None and autotune_cache.ENV in library.why_absent(SYMMETRIC)
+    assert "FileExistsError" in library.why_absent(
+        SYMMETRIC
+    ) or "NotADirectory" in library.why_absent(SYMMETRIC)
 
 
 @here
@@ -273,24 +277,24 @@ def test_a_compiler_with_arguments_and_no_home(monkeypatch, tmp_path, as_before)
     wrapper.write_text('#!/bin/sh\nexec "$@"\n')
     wrapper.chmod(0o755)
     fresh(monkeypatch, tmp_path / "a cache", CXX=f"'{wrapper}' g++")
-    assert library.load() is not None
+    assert library.load(SYMMETRIC) is not None
 
     def homeless():
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.chdir(tmp_path)
     fresh(monkeypatch, ".")
-    assert library.load() is not None
+    assert library.load(SYMMETRIC) is not None
     fresh(monkeypatch, ".")
     monkeypatch.setattr(library, "directory", homeless)
-    assert library.load() is None and autotune_cache.ENV in library.why_absent()
+    assert library.load(SYMMETRIC) is None and autotune_cache.ENV in library.why_absent(SYMMETRIC)
 
 
 @here
 def test_another_processor(monkeypatch, tmp_path, as_before):
     fresh(monkeypatch, tmp_path)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    assert library.load() is None and "DEFAULT" in library.why_absent()
+    assert library.load(SYMMETRIC) is None and "DEFAULT" in library.why_absent(SYMMETRIC)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
@@ -300,7 +304,17 @@ def test_compiles_for_every_target_without_spilling_the_tile(target, tmp_path):
     file = tmp_path / "symmetric.s"
     flags = [f for f in (*library._FLAGS, *library._TARGETS[target]) if f != "-shared"]
     subprocess.run(
-        ["g++", *flags, "-Wall", "-Werror", "-S", "-o", str(file), str(library._SOURCE)], check=True
+        [
+            "g++",
+            *flags,
+            "-Wall",
+            "-Werror",
+            "-S",
+            "-o",
+            str(file),
+            str(library._FOLDER / "symmetric.cpp"),
+        ],
+        check=True,
     )
     rows = {"AVX2": 6, "AVX512": 12}[target]
     loops = blocks(file.read_text())

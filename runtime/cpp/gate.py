@@ -1,0 +1,175 @@
+"""The low-rank gate of rows (``normfuse::self_gate``) by ``gate.cpp``, as an op with gradients.
+
+Not the norm before it: Inductor fuses that with the residual's sum, forward and backward.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ..derivatives import once
+from . import library
+
+NAMESPACE = "normfuse_cpp"
+#: Widths are whole tiles of the C++.
+WIDTHS = 16
+
+_Sizes = ctypes.c_int64 * 3
+
+
+@functools.cache
+def _functions() -> tuple[Any, Any] | None:
+    found = library.load("gate")
+    if found is None:
+        return None
+    pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+    forward, backward = found.normfuse_gate, found.normfuse_gate_backward
+    forward.argtypes = [
+        pointer,
+        pointer,
+        integer,
+        pointer,
+        pointer,
+        real,
+        pointer,
+        pointer,
+        ctypes.c_int,
+    ]
+    backward.argtypes = [
+        pointer, pointer, integer, pointer, integer, *[pointer] * 3, real, *[pointer] * 3, ctypes.c_int
+    ]  # fmt: skip
+    forward.restype = backward.restype = None
+    return forward, backward
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``[rows, d]`` with numbers of a row next to each other."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+@torch.library.custom_op(f"{NAMESPACE}::self_gate", mutates_args=(), device_types="cpu")
+def self_gate(y: Tensor, down: Tensor, up: Tensor, gate_scale: float) -> tuple[Tensor, Tensor]:
+    """``y ⊙ gate_scale·σ(silu(y downᵀ) upᵀ)`` and ``y downᵀ``.
+
+    Args:
+        y: ``(..., d)``, float32; ``d`` a multiple of 16.
+        down: ``(r, d)``; up: ``(d, r)``; float32.
+
+    Returns:
+        The gated rows, ``(..., d)``, and ``(rows, r)``; both contiguous. Neither depends on the number of
+        threads, nor a row on the others.
+    """
+    d, rank, rows = y.shape[-1], down.shape[0], math.prod(y.shape[:-1])
+    functions = _functions()
+    if functions is None:  # compiled where there was a library
+        t = _rows(y) @ down.t()
+        gate = gate_scale * torch.sigmoid(F.silu(t) @ up.t())
+        return (_rows(y) * gate).view(y.shape), t
+    out, t = y.new_empty(y.shape), y.new_empty((rows, rank))
+    if out.numel() == 0:
+        return out, t.zero_()
+    y, down, up = _rows(y), down.contiguous(), up.contiguous()
+    functions[0](
+        _Sizes(rows, d, rank),
+        y.data_ptr(),
+        y.stride(0),
+        down.data_ptr(),
+        up.data_ptr(),
+        gate_scale,
+        out.data_ptr(),
+        t.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out, t
+
+
+@torch.library.custom_op(f"{NAMESPACE}::self_gate_backward", mutates_args=(), device_types="cpu")
+def self_gate_backward(
+    y: Tensor, dout: Tensor, down: Tensor, up: Tensor, t: Tensor, gate_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``y``, ``down`` and ``up``; ``t`` is the second result of the forward."""
+    d, rank, rows = y.shape[-1], down.shape[0], math.prod(y.shape[:-1])
+    functions = _functions()
+    if functions is None:
+        return _formula_backward(y, dout, down, up, t, gate_scale)
+    dy, ddown, dup = y.new_empty(y.shape), down.new_empty((rank, d)), up.new_empty((d, rank))
+    if dy.numel() == 0:
+        return dy, ddown.zero_(), dup.zero_()
+    y, dout, down, up = _rows(y), _rows(dout), down.contiguous(), up.contiguous()
+    t = t.contiguous()
+    functions[1](
+        _Sizes(rows, d, rank),
+        y.data_ptr(),
+        y.stride(0),
+        dout.data_ptr(),
+        dout.stride(0),
+        down.data_ptr(),
+        up.data_ptr(),
+        t.data_ptr(),
+        gate_scale,
+        dy.data_ptr(),
+        ddown.data_ptr(),
+        dup.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return dy, ddown, dup
+
+
+def _formula_backward(
+    y: Tensor, dout: Tensor, down: Tensor, up: Tensor, t: Tensor, gate_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, do = _rows(y), _rows(dout)
+    opened = torch.sigmoid(t)
+    inner = t * opened
+    gate = torch.sigmoid(inner @ up.t())
+    around = do * (gate_scale * gate)
+    dz = around * rows * (1 - gate)
+    dt = (dz @ up) * (opened * (1 + t * (1 - opened)))
+    dy = torch.addmm(around, dt, down)
+    return dy.view(y.shape), dt.t() @ rows, dz.t() @ inner
+
+
+@self_gate.register_fake
+def _(y: Tensor, down: Tensor, up: Tensor, gate_scale: float) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape), y.new_empty((math.prod(y.shape[:-1]), down.shape[0]))
+
+
+@self_gate_backward.register_fake
+def _(
+    y: Tensor, dout: Tensor, down: Tensor, up: Tensor, t: Tensor, gate_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return y.new_empty(y.shape), down.new_empty(down.shape), up.new_empty(up.shape)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    y, down, up, ctx.gate_scale = inputs
+    ctx.save_for_backward(y, down, up, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, dout: Tensor, _: Any) -> tuple:
+    y, down, up, t = ctx.saved_tensors
+    return *self_gate_backward(y, dout, down, up, t, ctx.gate_scale), None
+
+
+self_gate.register_autograd(once(_backward), setup_context=_save)
+
+
+# Per row, width and rank: two products forward; five backward, one of which makes the logits again.
+@register_flop_formula(torch.ops.normfuse_cpp.self_gate)  # type: ignore[untyped-decorator]
+def _count(y, down, *_, **__):  # type: ignore[no-untyped-def]
+    return 4 * math.prod(y) * down[0]
+
+
+@register_flop_formula(torch.ops.normfuse_cpp.self_gate_backward)  # type: ignore[untyped-decorator]
+def _count_backward(y, dout, down, *_, **__):  # type: ignore[no-untyped-def]
+    return 10 * math.prod(y) * down[0]
