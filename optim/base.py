@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..passes.warn import warn
 from . import threads
 from .buckets import Bucket, Slot, make_slots
 from .newton_schulz import DTYPES
@@ -310,10 +310,9 @@ class MatrixOptimizer(Optimizer):
         super().load_state_dict(state_dict)
         for number, (old, group) in enumerate(zip(before, self.param_groups, strict=True)):
             if group["algorithm"] != old:
-                warnings.warn(
+                warn(
                     f"group {number} was saved by {group['algorithm']!r} and is stepped by it from "
-                    f"now on, not by {old!r}; set its 'algorithm' to change that",
-                    stacklevel=2,
+                    f"now on, not by {old!r}; set its 'algorithm' to change that"
                 )
         # torch casts every state to its parameter's dtype: put back those that lose by it
         ids = [i for g in state_dict["param_groups"] for i in g["params"]]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..passes.warn import warn
 from . import fused
 from . import newton_schulz as ns
 from .decay import computing_dtype
@@ -273,10 +273,9 @@ class Bucket:
             if old.numel() == view.numel():
                 self._copy_into(view, old)
             else:
-                warnings.warn(
+                warn(
                     f"{slot.name}: its state {key!r} has shape {tuple(old.shape)}, but "
-                    f"{tuple(view.shape)} is needed now; it starts afresh",
-                    stacklevel=2,
+                    f"{tuple(view.shape)} is needed now; it starts afresh"
                 )
         state[slot.param][key] = view
         self._handed.append((slot.param, key, view))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import threading
 import time
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..passes.warn import warn
 from . import kernel_products
 from .decay import add_decayed, computing_dtype
 from .products import scratch
@@ -339,10 +339,9 @@ def _compiled(step: Callable[..., Any], flat: list[Tensor]) -> tuple[fx.GraphMod
         if not kernel_products.are_in(graph) or kernel_products.policy() == "never":
             raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        warnings.warn(
+        warn(
             "normfuse's kernels did not compile inside an optimizer step, which calls its "
-            f"orthogonalization as one operator instead: {reason}",
-            stacklevel=2,
+            f"orthogonalization as one operator instead: {reason}"
         )
     with kernel_products.kernels("never"):
         graph = make_fx(step, tracing_mode="fake")(*flat)

@@ -16,7 +16,6 @@ import os
 import sys
 import time
 import traceback
-import warnings
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..passes.errors import NormfuseError
+from ..passes.warn import warn
 from .base import MatrixOptimizer, parameter_name
 from .batching import batch_newton_schulz
 from .delegate import Delegate
@@ -168,7 +168,7 @@ class TracedOptimizer(Delegate):
             raise TraceRefused(message)
         if reason not in self._warned:
             self._warned.add(reason)
-            warnings.warn(message, stacklevel=6)
+            warn(message)
 
     def _trace(self) -> _Traced:
         moves = self._moves

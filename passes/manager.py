@@ -11,7 +11,6 @@ import gc
 import hashlib
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -23,6 +22,7 @@ from .contract import FUEL_ENV, REGISTERED, CommitFailed, Context, Pass, PassRes
 from .errors import NormfuseError, NormfuseWarning
 from .report import PassRecord, Report, Site
 from .snapshot import Snapshot
+from .warn import warn
 
 #: Environment variable: names of passes to switch off.
 DISABLE_ENV = "NORMFUSE_DISABLE"
@@ -131,7 +131,7 @@ class PassManager:
                 report.notes.append(p.note)
         report.notes += [text for p in self.passes if p.closing and (text := p.closing(gm, report))]
         if said:
-            warnings.warn("; ".join(dict.fromkeys(said)), NormfuseWarning, stacklevel=4)
+            warn("; ".join(dict.fromkeys(said)), NormfuseWarning)
 
     def _run_one(
         self, p: Pass, gm: fx.GraphModule, context: Context, report: Report, before: Snapshot

@@ -13,7 +13,6 @@ import hashlib
 import math
 import operator
 import threading
-import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from torch import fx
 
 from . import ir
 from .linear import forget
+from .warn import warn
 
 
 def program_nodes(gm: fx.GraphModule) -> list[fx.Node]:
@@ -334,11 +334,10 @@ class WeightCache:
         if self._warned:
             return
         self._warned = True
-        warnings.warn(
+        warn(
             "one compiled graph serves several modules, and their folded weights take more than "
             f"max_folded_bytes ({self.limit / 2**20:.0f} MiB): some are folded at every call. Compile "
-            "the whole model at once, raise the limit, or disable the passes that fold",
-            stacklevel=5,
+            "the whole model at once, raise the limit, or disable the passes that fold"
         )
 
 

@@ -12,7 +12,6 @@ import logging
 import math
 import threading
 import time
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -37,6 +36,7 @@ from ..passes.report import Report
 from ..passes.snapshot import copy_graph
 from ..passes.subgraphs import dissolve, emit_dynamo, outline
 from ..passes.verify import check_recognition, check_working
+from ..passes.warn import warn
 from ..passes.weights import WeightCache, WeightProgram, keep_nonfinite, mark_recompute, split
 from . import autotune_cache, kernel_failures, lower_checks
 from .lower import expand
@@ -133,10 +133,7 @@ def _warn_once(
         if text in _warned:
             return
         _warned.add(text)
-    warnings.warn(
-        f'{consequence}: {text} (options={{"strict": True}} raises with a traceback)',
-        stacklevel=2,
-    )
+    warn(f'{consequence}: {text} (options={{"strict": True}} raises with a traceback)')
 
 
 def inductor(gm: fx.GraphModule, inputs: Sequence[Any], settings: Options) -> Callable:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import operator
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import fx
 
 from ..passes import cost, ir
 from ..passes.errors import Refuse
+from ..passes.warn import warn
 from . import devices, lower_checks
 from .lower_checks import (
     KINDS,
@@ -51,14 +51,12 @@ nf = torch.ops.normfuse
 def kernels() -> Any:
     """``torch.ops.normfuse_kernels`` with all ops registered; ``None`` without a working triton."""
     if importlib.util.find_spec("triton") is None:
-        warnings.warn("normfuse's GPU kernels are not used: triton is not installed", stacklevel=2)
+        warn("normfuse's GPU kernels are not used: triton is not installed")
         return None
     try:
         from . import triton_ops  # noqa: F401
     except Exception as error:
-        warnings.warn(
-            f"normfuse's GPU kernels are not used: {type(error).__name__}: {error}", stacklevel=2
-        )
+        warn(f"normfuse's GPU kernels are not used: {type(error).__name__}: {error}")
         return None
     return torch.ops.normfuse_kernels
 
@@ -68,7 +66,7 @@ def kernels_for(device: torch.device) -> Any:
     """:func:`kernels` if they can run on ``device``, else ``None`` (with one warning)."""
     problem = devices.unsupported(device)
     if problem is not None:
-        warnings.warn(f"normfuse's GPU kernels are not used: {problem}", stacklevel=2)
+        warn(f"normfuse's GPU kernels are not used: {problem}")
         return None
     return kernels()
 

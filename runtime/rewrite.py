@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from ..passes.capture import capture, checked_args, set_attribute, transforming
 from ..passes.errors import CaptureError, NormfuseError, NormfuseWarning, VerificationError
 from ..passes.in_turn import in_turn
 from ..passes.report import Report
+from ..passes.warn import warn
 from .bake import bake
 from .likeness import resembling
 from .reroute import Reroute
@@ -233,12 +233,11 @@ class RewrittenModule(nn.Module):
             return
         why = {(site, name): f" ({reason})" for site, name, reason in report.refused}
         mode = "training" if self.training else "eval"
-        warnings.warn(
+        warn(
             f"the graph of this call in {mode} mode lacks {len(lost)} of {len(first)} changes that "
             f"the first one has, such as {lost[0][1]} at {lost[0][0]}{why.get(lost[0], '')}: it is "
             "another function",
             NormfuseWarning,
-            stacklevel=5,
         )
 
     def _give_up(self, text: str) -> None:
@@ -248,7 +247,7 @@ class RewrittenModule(nn.Module):
             )
         if text not in self._uncapturable:
             self._uncapturable.add(text)
-            warnings.warn(f"running the original code for this call: {text}", stacklevel=5)
+            warn(f"running the original code for this call: {text}")
 
     def _differentiated(self, flat: Sequence[Any]) -> bool:
         tensors = (*self.parameters(), *(x for x in flat if isinstance(x, torch.Tensor)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -18,6 +17,7 @@ from ..passes.capture import out_spec
 from ..passes.errors import Unsupported
 from ..passes.snapshot import copy_graph
 from ..passes.subgraphs import emit_eager, has_regions, outline
+from ..passes.warn import warn
 from ..passes.weights import WeightCache, lift, split
 from .signature import Signature, Weights
 
@@ -76,7 +76,7 @@ class Graph:
         try:
             outline(module, emit_eager, weights_inside=True)
         except Unsupported as refusal:
-            warnings.warn(f"activations will be kept: {refusal}", stacklevel=6)
+            warn(f"activations will be kept: {refusal}")
             return plain
         module.recompile()
         return module

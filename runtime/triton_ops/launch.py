@@ -11,7 +11,6 @@ import contextlib
 import functools
 import math
 import typing
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.library import triton_op, wrap_triton
 from triton.runtime.jit import JITFunction
 
+from ...passes.warn import warn
 from .. import kernel_failures
 from ..lower_checks import NAMESPACE
 
@@ -83,9 +83,7 @@ def _warn_once(name: str, failure: KernelFailed) -> None:
     if name in _warned:
         return
     _warned.add(name)
-    warnings.warn(
-        f"normfuse's kernel op {name} runs as plain PyTorch instead: {failure}", stacklevel=4
-    )
+    warn(f"normfuse's kernel op {name} runs as plain PyTorch instead: {failure}")
 
 
 def failures() -> list[str]:

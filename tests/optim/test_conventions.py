@@ -500,8 +500,9 @@ def test_numbers_that_became_nan_change_nothing():
 
 def test_a_state_dict_of_another_member_says_so():
     saved, opt = build("Muon", params()).state_dict(), build("NorMuon", params())
-    with pytest.warns(UserWarning, match="group 0 was saved by 'muon'"):
+    with pytest.warns(UserWarning, match="group 0 was saved by 'muon'") as said:
         opt.load_state_dict(saved)
+    assert said[0].filename == __file__
 
 
 def test_bad_gradients_change_nothing():

@@ -189,6 +189,7 @@ def test_an_entry_that_moves_and_decides_is_given_up():
     with pytest.warns(UserWarning, match="momentum moves and decides") as caught:
         fast, distance = cycle(make)  # SGD asks whether its momentum is 0
     assert distance == 0 and fast.refused and len(caught) == 1
+    assert caught[0].filename == __file__  # whoever stepped
     assert len(fast._graphs) <= trace.MAX_GRAPHS
 
 

@@ -296,8 +296,9 @@ def test_failure_falls_back_with_one_warning(model, monkeypatch):
 
     monkeypatch.setattr(backend, "capture_fx", fail)
     fast = torch.compile(model, backend="normfuse")
-    with pytest.warns(UserWarning, match="planted"):
+    with pytest.warns(UserWarning, match="planted") as said:
         agree(fast, model, ids())
+    assert said[0].filename == __file__  # who called the model
     torch._dynamo.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

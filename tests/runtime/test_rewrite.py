@@ -225,8 +225,9 @@ def test_code_that_cannot_be_captured_again_runs_as_it_is():
     model = Picky().eval()
     x = torch.ones(2, 4)
     new, _ = normfuse.rewrite(model, (x,))
-    with pytest.warns(UserWarning, match="running the original"):
+    with pytest.warns(UserWarning, match="running the original") as said:
         assert torch.equal(new(x, True), model(x, True))
+    assert said[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
         assert torch.equal(new(x, True), model(x, True))
