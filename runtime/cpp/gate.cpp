@@ -2,10 +2,11 @@
 //
 //     out = y * scale * sigmoid(silu(y * down') * up')
 //
-// Between the two thin products and the elementwise parts, one row's values stay in registers and the
-// first caches: what a library's products and loops of their own write to memory and read again. Rows are
-// shared out in chunks that depend on their number only, and sums over rows are taken chunk by chunk, so
-// results do not depend on the number of threads.
+// Blocks of rows go through the width a strip at a time. What a library's products and elementwise loops
+// write to memory and read again between them, here stays in registers and the first cache: the logits,
+// their gradient, and the strip's weights, laid out as products want them. Rows are shared out in chunks
+// that depend on their number only, and sums over rows are taken chunk by chunk, so results do not depend
+// on the number of threads.
 
 #include <algorithm>
 #include <cstdint>
@@ -18,8 +19,7 @@ namespace {
 constexpr int LANES = 8, VECTORS = 2, COLUMNS = LANES * VECTORS;
 // Rows of a tile: with twice as many accumulators, two vectors and one entry, sixteen registers.
 constexpr int ROWS = 6;
-// Rows whose outer products are summed at a time.
-constexpr int BLOCK = 4 * ROWS;
+constexpr int64_t BLOCK = 11 * ROWS, STRIP = 16 * COLUMNS;
 constexpr int64_t CHUNK = 48, MOST_CHUNKS = 64;
 
 typedef float Vector __attribute__((vector_size(32)));
@@ -107,47 +107,51 @@ struct Scratch {
 };
 
 struct Gate {
-  int64_t rows, width, rank, padded;  // rank, and rank to a whole number of tiles
+  int64_t width, rank, padded;  // rank, and rank to a whole number of tiles
   float scale;
-  // as [width][padded] and [padded][width], with zeros behind the rank
-  const float *down_across, *down_along, *up_across, *up_along;
+  const float *down, *up;  // [rank][width] and [width][rank]
 };
 
-int64_t padded_rank(int64_t rank) { return (rank + COLUMNS - 1) / COLUMNS * COLUMNS; }
+struct Rows {
+  const float* data;
+  int64_t stride;
+  Rows operator+(int64_t row) const { return {data + row * stride, stride}; }
+};
 
-void transpose(const float* from, int64_t lines, int64_t length, float* to, int64_t to_row) {
-  constexpr int64_t SIDE = 16;
-  for (int64_t left = 0; left < length; left += SIDE)
-    for (int64_t i = 0; i < lines; i++)
-      for (int64_t k = left; k < std::min(left + SIDE, length); k++) to[k * to_row + i] = from[i * length + k];
-}
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 
-// down is [rank][width], up [width][rank]; the memory of what is made lasts until the thread's next call.
-Gate prepare(int64_t rows, int64_t width, int64_t rank, const float* down, const float* up, float scale) {
-  static thread_local Scratch scratch;
-  const int64_t padded = padded_rank(rank), size = padded * width;
-  float* memory = scratch.need(4 * size);
-  if (padded != rank) std::memset(memory, 0, 4 * size * sizeof(float));
-  float *down_across = memory, *up_along = memory + size, *down_along = up_along + size, *up_across = down_along + size;
-  transpose(down, rank, width, down_across, padded);
-  transpose(up, width, rank, up_along, width);
-  std::memcpy(down_along, down, rank * width * sizeof(float));
-  for (int64_t i = 0; i < width; i++) std::memcpy(up_across + i * padded, up + i * rank, rank * sizeof(float));
-  return {rows, width, rank, padded, scale, down_across, down_along, up_across, up_along};
-}
-
-int64_t chunks_of(int64_t rows) {
-  int64_t chunks = 1;
-  while (chunks < MOST_CHUNKS && 2 * chunks * CHUNK <= rows) chunks *= 2;
-  return chunks;
+// [lines][length] to [length][lines], rows `from_row` and `to_row` apart.
+__attribute__((noinline, noclone)) void transpose(const float* from, int64_t from_row, int64_t lines, int64_t length, float* to, int64_t to_row) {
+  typedef int32_t Order __attribute__((vector_size(16)));
+  constexpr Order low{0, 4, 1, 5}, high{2, 6, 3, 7}, first{0, 1, 4, 5}, second{2, 3, 6, 7};
+  int64_t i = 0;
+  for (; i + 4 <= lines; i += 4) {
+    int64_t k = 0;
+    for (; k + 4 <= length; k += 4) {
+      const float* a = from + i * from_row + k;
+      float* b = to + k * to_row + i;
+      Four x0 = *(const Four*)a, x1 = *(const Four*)(a + from_row);
+      Four x2 = *(const Four*)(a + 2 * from_row), x3 = *(const Four*)(a + 3 * from_row);
+      Four low01 = __builtin_shuffle(x0, x1, low), low23 = __builtin_shuffle(x2, x3, low);
+      Four high01 = __builtin_shuffle(x0, x1, high), high23 = __builtin_shuffle(x2, x3, high);
+      *(Four*)b = __builtin_shuffle(low01, low23, first);
+      *(Four*)(b + to_row) = __builtin_shuffle(low01, low23, second);
+      *(Four*)(b + 2 * to_row) = __builtin_shuffle(high01, high23, first);
+      *(Four*)(b + 3 * to_row) = __builtin_shuffle(high01, high23, second);
+    }
+    for (; k < length; k++)
+      for (int64_t line = i; line < i + 4; line++) to[k * to_row + line] = from[line * from_row + k];
+  }
+  for (; i < lines; i++)
+    for (int64_t k = 0; k < length; k++) to[k * to_row + i] = from[i * from_row + k];
 }
 
 // `step(N, row)` for tiles of N rows, constants all.
 template <typename Step>
-ALWAYS_INLINE void in_tiles(int64_t begin, int64_t end, const Step& step) {
-  int64_t row = begin;
-  for (; row + ROWS <= end; row += ROWS) step(std::integral_constant<int, ROWS>(), row);
-  switch (end - row) {
+ALWAYS_INLINE void in_tiles(int64_t rows, const Step& step) {
+  int64_t row = 0;
+  for (; row + ROWS <= rows; row += ROWS) step(std::integral_constant<int, ROWS>(), row);
+  switch (rows - row) {
     case 5: return step(std::integral_constant<int, 5>(), row);
     case 4: return step(std::integral_constant<int, 4>(), row);
     case 3: return step(std::integral_constant<int, 3>(), row);
@@ -156,91 +160,159 @@ ALWAYS_INLINE void in_tiles(int64_t begin, int64_t end, const Step& step) {
   }
 }
 
-// lines * across, [N][padded]. One sum over the whole width would round as often.
-template <int N>
-ALWAYS_INLINE void narrow(const Gate& g, const float* lines, int64_t stride, const float* across, float* to) {
-  constexpr int64_t PART = 128;
-  for (int64_t c = 0; c < g.padded; c += COLUMNS)
-    for (int64_t k = 0; k < g.width; k += PART) {
-      Tile<N> sum;
-      sum.zero();
-      sum.add(std::min(PART, g.width - k), lines + k, stride, 1, across + k * g.padded + c, g.padded);
-      if (k) sum.plus(to + c, g.padded);
-      sum.write(to + c, g.padded);
-    }
-}
+// What a thread works on. A value, inlined: stores through vectors may alias whatever has an address.
+struct Block {
+  Gate g;
+  int64_t rows;
+  float *inner, *dt, *dinner;  // [BLOCK][padded]
+  float *dz, *weights;         // [BLOCK][STRIP], [STRIP][padded]
 
-template <int N>
-void forward_rows(const Gate& g, const float* y, int64_t stride, float* out, float* t_out, float* inner) {
-  narrow<N>(g, y, stride, g.down_across, inner);
-  for (int i = 0; i < N; i++) std::memcpy(t_out + i * g.rank, inner + i * g.padded, g.rank * sizeof(float));
-  for (int64_t k = 0; k < N * g.padded; k += LANES) {
-    Vector t = load(inner + k);
-    store(inner + k, t * sigmoid(t));
+  static int64_t size(const Gate& g) { return 3 * BLOCK * g.padded + BLOCK * STRIP + STRIP * g.padded; }
+  Block(const Gate& g, int64_t rows, float* memory) : g(g), rows(rows) {
+    inner = memory;
+    dt = inner + BLOCK * g.padded;
+    dinner = dt + BLOCK * g.padded;
+    dz = dinner + BLOCK * g.padded;
+    weights = dz + BLOCK * STRIP;
+    std::memset(inner, 0, 3 * BLOCK * g.padded * sizeof(float));
   }
-  for (int64_t c = 0; c < g.width; c += COLUMNS) {
-    Tile<N> logits;
-    logits.zero();
-    logits.add(g.rank, inner, g.padded, 1, g.up_along + c, g.width);
-    for (int i = 0; i < N; i++)
-      for (int j = 0; j < VECTORS; j++) {
-        const int64_t at = c + j * LANES;
-        store(out + i * g.width + at, load(y + i * stride + at) * (sigmoid(logits.at[i][j]) * g.scale));
-      }
-  }
-}
 
-// The logits' gradient into `dz`, silu(t) and t's gradient into `inner` and `dt`; y's gradient.
-template <int N>
-void backward_rows(const Gate& g, const float* y, int64_t y_stride, const float* dout, int64_t dout_stride,
-                   const float* t, float* dy, float* dz, float* inner, float* dt, float* dinner) {
-  std::memset(dt, 0, N * g.padded * sizeof(float));
-  for (int i = 0; i < N; i++) std::memcpy(dt + i * g.padded, t + i * g.rank, g.rank * sizeof(float));
-  for (int64_t k = 0; k < N * g.padded; k += LANES) {
-    Vector value = load(dt + k);
-    store(inner + k, value * sigmoid(value));
-  }
-  for (int64_t c = 0; c < g.width; c += COLUMNS) {
-    Tile<N> logits;
-    logits.zero();
-    logits.add(g.rank, inner, g.padded, 1, g.up_along + c, g.width);
-    for (int i = 0; i < N; i++)
-      for (int j = 0; j < VECTORS; j++) {
-        const int64_t at = c + j * LANES;
-        Vector gate = sigmoid(logits.at[i][j]);
-        Vector around = load(dout + i * dout_stride + at) * (gate * g.scale);
-        store(dy + i * g.width + at, around);
-        store(dz + i * g.width + at, around * load(y + i * y_stride + at) * (1.f - gate));
-      }
-  }
-  narrow<N>(g, dz, g.width, g.up_across, dinner);
-  for (int64_t k = 0; k < N * g.padded; k += LANES) {
-    Vector value = load(dt + k), gate = sigmoid(value);
-    store(dt + k, load(dinner + k) * (gate * (1.f + value * (1.f - gate))));
-  }
-  for (int64_t c = 0; c < g.width; c += COLUMNS) {
-    Tile<N> sum;
-    sum.zero();
-    sum.add(g.rank, dt, g.padded, 1, g.down_along + c, g.width);
-    sum.plus(dy + c, g.width);
-    sum.write(dy + c, g.width);
-  }
-}
-
-// Adds left' * right to [width][padded]: `rows` outer products.
-ALWAYS_INLINE void outer(const Gate& g, int64_t rows, const float* left, int64_t stride, const float* right,
-                         bool fresh, float* to) {
-  in_tiles(0, g.width, [&](auto count, int64_t column) {
-    for (int64_t c = 0; c < g.padded; c += COLUMNS) {
-      Tile<decltype(count)::value> sum;
-      if (fresh)
+  // Adds lines * weights, both `wide`, to sums of [rows][padded]; weights [wide][padded].
+  ALWAYS_INLINE void narrow(const float* lines, int64_t stride, int64_t wide, const float* from, float* to) const {
+    in_tiles(rows, [&](auto count, int64_t row) {
+      for (int64_t c = 0; c < g.padded; c += COLUMNS) {
+        Tile<decltype(count)::value> sum;
         sum.zero();
-      else
-        sum.read(to + column * g.padded + c, g.padded);
-      sum.add(rows, left + column, 1, stride, right + c, g.padded);
-      sum.write(to + column * g.padded + c, g.padded);
+        sum.add(wide, lines + row * stride, stride, 1, from + c, g.padded);
+        sum.plus(to + row * g.padded + c, g.padded);
+        sum.write(to + row * g.padded + c, g.padded);
+      }
+    });
+  }
+
+  // The up weights of columns from `left` on as [tile][rank][COLUMNS].
+  ALWAYS_INLINE void up_panels(int64_t left, int64_t wide) const {
+    for (int64_t c = 0; c < wide; c += COLUMNS)
+      transpose(g.up + (left + c) * g.rank, g.rank, COLUMNS, g.rank, weights + c * g.padded, COLUMNS);
+  }
+
+  // `finish(row, column, logits)` for every vector of logits in the strip that `up_panels` prepared.
+  template <typename Finish>
+  ALWAYS_INLINE void logits(int64_t wide, const Finish& finish) const {
+    in_tiles(rows, [&](auto count, int64_t row) {
+      constexpr int N = decltype(count)::value;
+      for (int64_t c = 0; c < wide; c += COLUMNS) {
+        Tile<N> sum;
+        sum.zero();
+        sum.add(g.rank, inner + row * g.padded, g.padded, 1, weights + c * g.padded, COLUMNS);
+        for (int i = 0; i < N; i++)
+          for (int j = 0; j < VECTORS; j++) finish(row + i, c + j * LANES, sum.at[i][j]);
+      }
+    });
+  }
+
+  ALWAYS_INLINE void forward(Rows y, float* out, float* t) const {
+    for (int64_t left = 0; left < g.width; left += STRIP) {
+      const int64_t wide = std::min(STRIP, g.width - left);
+      if (g.rank != g.padded) std::memset(weights, 0, STRIP * g.padded * sizeof(float));
+      transpose(g.down + left, g.width, g.rank, wide, weights, g.padded);
+      narrow(y.data + left, y.stride, wide, weights, inner);
     }
-  });
+    for (int64_t i = 0; i < rows; i++) std::memcpy(t + i * g.rank, inner + i * g.padded, g.rank * sizeof(float));
+    for (int64_t k = 0; k < rows * g.padded; k += LANES) {
+      Vector value = load(inner + k);
+      store(inner + k, value * sigmoid(value));
+    }
+    for (int64_t left = 0; left < g.width; left += STRIP) {
+      const int64_t wide = std::min(STRIP, g.width - left);
+      up_panels(left, wide);
+      logits(wide, [&](int64_t row, int64_t c, Vector z) {
+        store(out + row * g.width + left + c, load(y.data + row * y.stride + left + c) * (sigmoid(z) * g.scale));
+      });
+    }
+  }
+
+  // ddown [rank][width] and dup [width][padded] are sums over blocks; `fresh`: this is the first one.
+  ALWAYS_INLINE void backward(Rows y, Rows dout, const float* t, float* dy, float* ddown, float* dup,
+                              bool fresh) const {
+    for (int64_t i = 0; i < rows; i++) std::memcpy(dt + i * g.padded, t + i * g.rank, g.rank * sizeof(float));
+    for (int64_t k = 0; k < rows * g.padded; k += LANES) {
+      Vector value = load(dt + k);
+      store(inner + k, value * sigmoid(value));
+    }
+    for (int64_t left = 0; left < g.width; left += STRIP) {
+      const int64_t wide = std::min(STRIP, g.width - left);
+      up_panels(left, wide);
+      logits(wide, [&](int64_t row, int64_t c, Vector z) {
+        Vector gate = sigmoid(z);
+        Vector around = load(dout.data + row * dout.stride + left + c) * (gate * g.scale);
+        store(dy + row * g.width + left + c, around);
+        store(dz + row * STRIP + c, around * load(y.data + row * y.stride + left + c) * (1.f - gate));
+      });
+      outer(wide, dz, STRIP, g.padded, inner, g.padded, fresh, dup + left * g.padded, g.padded);
+      const float* lines = g.up + left * g.rank;
+      if (g.rank != g.padded) {
+        std::memset(weights, 0, wide * g.padded * sizeof(float));
+        for (int64_t c = 0; c < wide; c++)
+          std::memcpy(weights + c * g.padded, lines + c * g.rank, g.rank * sizeof(float));
+        lines = weights;
+      }
+      narrow(dz, STRIP, wide, lines, dinner);
+    }
+    for (int64_t k = 0; k < rows * g.padded; k += LANES) {
+      Vector value = load(dt + k), gate = sigmoid(value);
+      store(dt + k, load(dinner + k) * (gate * (1.f + value * (1.f - gate))));
+    }
+    for (int64_t left = 0; left < g.width; left += STRIP) {
+      const int64_t wide = std::min(STRIP, g.width - left);
+      for (int64_t k = 0; k < g.rank; k++)
+        std::memcpy(weights + k * STRIP, g.down + k * g.width + left, wide * sizeof(float));
+      in_tiles(rows, [&](auto count, int64_t row) {
+        for (int64_t c = 0; c < wide; c += COLUMNS) {
+          Tile<decltype(count)::value> sum;
+          sum.zero();
+          sum.add(g.rank, dt + row * g.padded, g.padded, 1, weights + c, STRIP);
+          sum.plus(dy + row * g.width + left + c, g.width);
+          sum.write(dy + row * g.width + left + c, g.width);
+        }
+      });
+      outer(g.rank, dt, g.padded, wide, y.data + left, y.stride, fresh, ddown + left, g.width);
+    }
+  }
+
+  // left' * right, [lines][wide], for `left` [rows][lines] and `right` [rows][wide]; added to what is there.
+  ALWAYS_INLINE void outer(int64_t lines, const float* left, int64_t left_row, int64_t wide, const float* right,
+                           int64_t right_row, bool fresh, float* to, int64_t to_row) const {
+    in_tiles(lines, [&](auto count, int64_t line) {
+      for (int64_t c = 0; c < wide; c += COLUMNS) {
+        Tile<decltype(count)::value> sum;
+        sum.zero();
+        sum.add(rows, left + line, 1, left_row, right + c, right_row);
+        if (!fresh) sum.plus(to + line * to_row + c, to_row);
+        sum.write(to + line * to_row + c, to_row);
+      }
+    });
+  }
+};
+
+Gate make(const int64_t* sizes, const float* down, const float* up, double scale) {
+  const int64_t width = sizes[1], rank = sizes[2];
+  return {width, rank, (rank + COLUMNS - 1) / COLUMNS * COLUMNS, float(scale), down, up};
+}
+
+// `work(chunk, begin, end)` on several threads.
+template <typename Work>
+void in_chunks(int64_t rows, int64_t chunks, int threads, const Work& work) {
+  const int64_t height = (rows + chunks - 1) / chunks;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && chunks > 1)
+  for (int64_t chunk = 0; chunk < chunks; chunk++)
+    work(chunk, std::min(chunk * height, rows), std::min((chunk + 1) * height, rows));
+}
+
+int64_t chunks_of(int64_t rows) {
+  int64_t chunks = 1;
+  while (chunks < MOST_CHUNKS && 2 * chunks * CHUNK <= rows) chunks *= 2;
+  return chunks;
 }
 
 }  // namespace
@@ -248,59 +320,48 @@ ALWAYS_INLINE void outer(const Gate& g, int64_t rows, const float* left, int64_t
 // sizes: rows, width (a multiple of 16), rank. Rows of y and dout are `stride` apart, all else is contiguous.
 extern "C" void normfuse_gate(const int64_t* sizes, const float* y, int64_t y_stride, const float* down,
                               const float* up, double scale, float* out, float* t, int threads) {
-  const Gate g = prepare(sizes[0], sizes[1], sizes[2], down, up, float(scale));
-  const int64_t chunks = chunks_of(g.rows), height = (g.rows + chunks - 1) / chunks;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && chunks > 1)
-  for (int64_t chunk = 0; chunk < chunks; chunk++) {
+  const Gate g = make(sizes, down, up, scale);
+  const Rows rows{y, y_stride};
+  in_chunks(sizes[0], chunks_of(sizes[0]), threads, [&](int64_t, int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
-    float* inner = scratch.need(ROWS * g.padded);
-    in_tiles(chunk * height, std::min((chunk + 1) * height, g.rows), [&](auto count, int64_t row) {
-      forward_rows<decltype(count)::value>(g, y + row * y_stride, y_stride, out + row * g.width, t + row * g.rank,
-                                           inner);
-    });
-  }
+    float* memory = scratch.need(Block::size(g));
+    for (int64_t top = begin; top < end; top += BLOCK) {
+      const Block block(g, std::min(BLOCK, end - top), memory);
+      block.forward(rows + top, out + top * g.width, t + top * g.rank);
+    }
+  });
 }
 
 extern "C" void normfuse_gate_backward(const int64_t* sizes, const float* y, int64_t y_stride, const float* dout,
                                        int64_t dout_stride, const float* down, const float* up, const float* t,
                                        double scale, float* dy, float* ddown, float* dup, int threads) {
   static thread_local Scratch partial;
-  const Gate g = prepare(sizes[0], sizes[1], sizes[2], down, up, float(scale));
-  const int64_t chunks = chunks_of(g.rows), height = (g.rows + chunks - 1) / chunks, size = g.width * g.padded;
+  const Gate g = make(sizes, down, up, scale);
+  const Rows rows{y, y_stride}, gradients{dout, dout_stride};
+  const int64_t chunks = chunks_of(sizes[0]), size = g.width * g.padded;
   float* sums = partial.need(2 * chunks * size);
-#pragma omp parallel num_threads(threads) if (threads > 1 && chunks > 1)
-  {
-#pragma omp for schedule(static)
-    for (int64_t chunk = 0; chunk < chunks; chunk++) {
-      static thread_local Scratch scratch;
-      float* dz = scratch.need(BLOCK * (g.width + 2 * g.padded) + ROWS * g.padded);
-      float *inner = dz + BLOCK * g.width, *dt = inner + BLOCK * g.padded, *dinner = dt + BLOCK * g.padded;
-      float *ddown_sum = sums + 2 * chunk * size, *dup_sum = ddown_sum + size;
-      const int64_t begin = chunk * height, end = std::min(begin + height, g.rows);
-      if (begin >= end) std::memset(ddown_sum, 0, 2 * size * sizeof(float));
-      for (int64_t top = begin; top < end; top += BLOCK) {
-        const int64_t bottom = std::min(top + BLOCK, end);
-        in_tiles(top, bottom, [&](auto count, int64_t row) {
-          const int64_t in = row - top;
-          backward_rows<decltype(count)::value>(g, y + row * y_stride, y_stride, dout + row * dout_stride, dout_stride,
-                                                t + row * g.rank, dy + row * g.width, dz + in * g.width,
-                                                inner + in * g.padded, dt + in * g.padded, dinner);
-        });
-        outer(g, bottom - top, dz, g.width, inner, top == begin, dup_sum);
-        outer(g, bottom - top, y + top * y_stride, y_stride, dt, top == begin, ddown_sum);
-      }
+  in_chunks(sizes[0], chunks, threads, [&](int64_t chunk, int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    float *memory = scratch.need(Block::size(g)), *sum = sums + 2 * chunk * size;
+    if (begin == end) std::memset(sum, 0, 2 * size * sizeof(float));
+    for (int64_t top = begin; top < end; top += BLOCK) {
+      const Block block(g, std::min(BLOCK, end - top), memory);
+      block.backward(rows + top, gradients + top, t + top * g.rank, dy + top * g.width, sum, sum + size,
+                     top == begin);
     }
-#pragma omp for schedule(static)
-    for (int64_t c = 0; c < g.width; c++)
-      for (int64_t k = 0; k < g.rank; k++) {
-        float down_total = 0, up_total = 0;
-        for (int64_t chunk = 0; chunk < chunks; chunk++) {
-          const float* of = sums + 2 * chunk * size + c * g.padded + k;
-          down_total += of[0];
-          up_total += of[size];
-        }
-        ddown[k * g.width + c] = down_total;
-        dup[c * g.rank + k] = up_total;
+  });
+  in_chunks(g.width, std::min(chunks, g.width / COLUMNS), threads, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t k = 0; k < g.rank; k++)
+      for (int64_t c = begin; c < end; c++) {
+        float total = 0;
+        for (int64_t chunk = 0; chunk < chunks; chunk++) total += sums[2 * chunk * size + k * g.width + c];
+        ddown[k * g.width + c] = total;
       }
-  }
+    for (int64_t c = begin; c < end; c++)
+      for (int64_t k = 0; k < g.rank; k++) {
+        float total = 0;
+        for (int64_t chunk = 0; chunk < chunks; chunk++) total += sums[(2 * chunk + 1) * size + c * g.padded + k];
+        dup[c * g.rank + k] = total;
+      }
+  });
 }
