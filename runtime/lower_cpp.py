@@ -16,8 +16,8 @@ from .lower_checks import Lowering, emit_before, same_layout, take
 
 nf = torch.ops.normfuse
 
-#: Numbers in the rows below which calling the op costs more than its fusion saves.
-SMALLEST = 1 << 12
+#: Rows, and numbers in them, from which it was measured faster than Inductor's code (``docs/gating.md``).
+FEWEST_ROWS, SMALLEST = 64, 1 << 16
 #: Ranks up to which it was measured faster.
 LARGEST_RANK = 64
 
@@ -72,7 +72,7 @@ def _check(node: fx.Node, policy: str) -> None:
         raise Refuse("the gate's weights are broadcast")
     same_layout(node)
     if policy != "always":
-        if cost.hint(y.numel()) < SMALLEST:
+        if cost.hint(y.numel()) < max(SMALLEST, FEWEST_ROWS * d):
             raise Refuse("too few rows: calling the op would cost more than it saves")
         if rank > LARGEST_RANK:
             raise Refuse(f"the gate's rank is over {LARGEST_RANK}")

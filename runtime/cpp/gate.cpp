@@ -20,7 +20,8 @@ constexpr int LANES = 8, VECTORS = 2, COLUMNS = LANES * VECTORS;
 // Rows of a tile: with twice as many accumulators, two vectors and one entry, sixteen registers.
 constexpr int ROWS = 6;
 constexpr int64_t BLOCK = 11 * ROWS, STRIP = 16 * COLUMNS;
-constexpr int64_t CHUNK = 48, MOST_CHUNKS = 64;
+// Rows of a chunk, of one of two, and how many chunks there are at most: each has sums of its own.
+constexpr int64_t CHUNK = 64, HALF = 24, MOST_CHUNKS = 64;
 
 typedef float Vector __attribute__((vector_size(32)));
 typedef float Unaligned __attribute__((vector_size(32), aligned(4), may_alias));
@@ -300,6 +301,10 @@ Gate make(const int64_t* sizes, const float* down, const float* up, double scale
   return {width, rank, (rank + COLUMNS - 1) / COLUMNS * COLUMNS, float(scale), down, up};
 }
 
+ALWAYS_INLINE void add(const float* __restrict from, int64_t count, bool fresh, float* __restrict to) {
+  for (int64_t i = 0; i < count; i++) to[i] = fresh ? from[i] : to[i] + from[i];
+}
+
 // `work(chunk, begin, end)` on several threads.
 template <typename Work>
 void in_chunks(int64_t rows, int64_t chunks, int threads, const Work& work) {
@@ -310,7 +315,7 @@ void in_chunks(int64_t rows, int64_t chunks, int threads, const Work& work) {
 }
 
 int64_t chunks_of(int64_t rows) {
-  int64_t chunks = 1;
+  int64_t chunks = rows < 2 * HALF ? 1 : 2;
   while (chunks < MOST_CHUNKS && 2 * chunks * CHUNK <= rows) chunks *= 2;
   return chunks;
 }
@@ -351,17 +356,11 @@ extern "C" void normfuse_gate_backward(const int64_t* sizes, const float* y, int
     }
   });
   in_chunks(g.width, std::min(chunks, g.width / COLUMNS), threads, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t k = 0; k < g.rank; k++)
-      for (int64_t c = begin; c < end; c++) {
-        float total = 0;
-        for (int64_t chunk = 0; chunk < chunks; chunk++) total += sums[2 * chunk * size + k * g.width + c];
-        ddown[k * g.width + c] = total;
-      }
-    for (int64_t c = begin; c < end; c++)
-      for (int64_t k = 0; k < g.rank; k++) {
-        float total = 0;
-        for (int64_t chunk = 0; chunk < chunks; chunk++) total += sums[(2 * chunk + 1) * size + c * g.padded + k];
-        dup[c * g.rank + k] = total;
-      }
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+      const float *down_sum = sums + 2 * chunk * size, *up_sum = down_sum + size;
+      for (int64_t k = 0; k < g.rank; k++)
+        add(down_sum + k * g.width + begin, end - begin, !chunk, ddown + k * g.width + begin);
+      for (int64_t c = begin; c < end; c++) add(up_sum + c * g.padded, g.rank, !chunk, dup + c * g.rank);
+    }
   });
 }

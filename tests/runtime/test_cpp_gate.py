@@ -64,8 +64,9 @@ def no_worse_than_eager(tensors, dout, slack=1.5):
 )  # fmt: skip
 def test_no_worse_than_eager(rows, d, rank, spread):
     *tensors, dout = make(rows, d, rank, rows, spread)
-    # rounding of a logit in the hundreds moves a small gate by as many units: few numbers, much chance
-    no_worse_than_eager(tensors, dout, slack=1.5 if spread <= 1 else 5.0)
+    # chance: one rounding of a sum that cancels, or of a logit in the hundreds, may be most of the error
+    few = rows * rank < 64 or spread > 1
+    no_worse_than_eager(tensors, dout, slack=6.0 if few else 1.5)
 
 
 @here
@@ -181,7 +182,7 @@ def targets(gm):
     return [str(n.target) for n in gm.graph.nodes if n.op == "call_function"]
 
 
-SHAPES = ((128, 64), (16, 64), (64, 16))
+SHAPES = ((1024, 64), (16, 64), (64, 16))
 
 
 @here
@@ -200,9 +201,9 @@ def test_norms_stay_with_inductor():
         (nf.self_gate, SHAPES, torch.bfloat16, "takes float32"),
         (nf.self_gate, ((128, 24), (16, 24), (24, 16)), torch.float32, "multiples of 16"),
         (nf.self_gate, ((128, 64), (0, 64), (64, 0)), torch.float32, "a rank"),
-        (nf.self_gate, ((128, 64), (65, 64), (64, 65)), torch.float32, "over 64"),
-        (nf.self_gate, ((8, 64), (16, 64), (64, 16)), torch.float32, "too few"),
-        (lambda y, d, u: nf.self_gate(y.t(), d, u), ((64, 128), *SHAPES[1:]), torch.float32, "contig"),
+        (nf.self_gate, ((1024, 64), (65, 64), (64, 65)), torch.float32, "over 64"),
+        (nf.self_gate, ((512, 64), (16, 64), (64, 16)), torch.float32, "too few"),
+        (lambda y, d, u: nf.self_gate(y.t(), d, u), ((64, 1024), *SHAPES[1:]), torch.float32, "contig"),
         (
             lambda x, d, u: nf.gated_rms_norm(x, [0, 1], None, None, d, u),
             SHAPES, torch.float32, "the last one",
@@ -219,7 +220,7 @@ def test_left_to_inductor(f, shapes, dtype, said):
 def gated(norm=nn.RMSNorm, d=64, **options):
     torch.manual_seed(0)
     model = nn.Sequential(norm(d, **options), nn.Linear(d, d), norm(d, **options), nn.Linear(d, 8))
-    model = normalized(model, torch.randn(96, d))
+    model = normalized(model, torch.randn(1024, d))
     for name, p in model.named_parameters():
         if "up" in name:
             nn.init.normal_(p, std=0.3)
@@ -250,7 +251,7 @@ def calls(monkeypatch):
 def test_compiled_models_use_it(norm, calls):
     model = gated(norm)
     compiled = torch.compile(model, backend="normfuse", options={"strict": True})
-    for rows in (96, 112, 144):  # the second makes it dynamic
+    for rows in (1024, 1100, 1500):  # the second makes it dynamic
         x = torch.randn(rows, 64)
 
         def step(f, x=x):
@@ -268,7 +269,7 @@ def test_compiled_models_use_it(norm, calls):
 
 @here
 def test_asked_not_to(calls):
-    model, x = gated(), torch.randn(96, 64)
+    model, x = gated(), torch.randn(1024, 64)
     compiled = torch.compile(model, backend="normfuse", options={"strict": True, "kernels": False})
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
     assert not calls
@@ -276,7 +277,7 @@ def test_asked_not_to(calls):
 
 @here
 def test_autocast_is_left_to_inductor(calls):
-    model, x = gated(), torch.randn(96, 64)
+    model, x = gated(), torch.randn(1024, 64)
     compiled = torch.compile(model, backend="normfuse", options={"strict": True})
     with torch.autocast("cpu", torch.bfloat16):
         got, want = compiled(x), model(x)
