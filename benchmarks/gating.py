@@ -5,7 +5,11 @@
 Rows: the norm op alone (forward and backward) and a whole pre-RMSNorm decoder (``models.py``) with a gate
 behind every norm (forward, backward and AdamW's fused step; the first two also by themselves).
 Columns: eager (unfused), Inductor, and the normfuse backend, each plain and gated. These two take turns;
-the figure is the median over rounds of the per-round ratio gated/plain, with its 95 % interval.
+the figure is the median over rounds of the per-round ratio gated/plain, with its 95 % interval. Beside
+it, what a step spends in the gates' operators where they are ours (profiled by itself): products, most of
+the step, vary more from call to call than gates cost.
+On CPUs also gates alone by size, our C++ against Inductor's code (``options={"kernels": False}``): the
+sizes at which the backend takes one or the other (``runtime/lower_cpp.py``) come from there.
 Memory: new parameters, what the forward keeps for the backward, and page faults per step (each a page
 that the allocator gave back: set glibc's ``MALLOC_TRIM_THRESHOLD_`` and ``MALLOC_MMAP_THRESHOLD_`` to
 see the step without them).
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import statistics
 import time
@@ -84,6 +89,17 @@ def saved_bytes(module: nn.Module, x: torch.Tensor) -> int:
     return sum(sizes.values())
 
 
+def operator_ms(step: Step, times: int = 5) -> float:
+    """Milliseconds of a step in operators of ours: the median of a few profiled ones."""
+    sums = []
+    for _ in range(times):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            step()
+        rows = (row for row in profile.key_averages() if row.key.startswith("normfuse_cpp::"))
+        sums.append(sum(row.self_cpu_time_total for row in rows) / 1e3)
+    return statistics.median(sums)
+
+
 def page_faults() -> int:
     """Of this process so far, without those that read a disk; 0 where the system does not say."""
     with contextlib.suppress(ImportError):
@@ -117,6 +133,8 @@ def compare(
             rows[backend][f"{kind}_ms"] = 1e3 * statistics.median(seconds)
             rows[backend][f"{kind}_saved_bytes"] = saved_bytes(module, x)
             rows[backend][f"{kind}_page_faults"] = statistics.median(pair[kind].faults)
+            if x.device.type == "cpu" and trains and backend == "normfuse":
+                rows[backend][f"{kind}_operator_ms"] = operator_ms(pair[kind])
             if x.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
                 pair[kind]()
@@ -130,6 +148,46 @@ def compare(
     rows["parameter_bytes"] = sizes["plain"]
     rows["new_parameter_bytes"] = sizes["gated"] - sizes["plain"]
     return rows
+
+
+#: Rows, width and rank.
+GATES = (
+    (16, 768, 16), (64, 256, 16), (64, 768, 16), (64, 1024, 16), (128, 512, 16), (256, 768, 16),
+    (256, 768, 64), (1024, 64, 16), (1024, 768, 16), (1024, 768, 64), (64, 4096, 16), (256, 4096, 16),
+)  # fmt: skip
+
+
+def gates_alone(rounds: int) -> list[dict]:
+    """Gates by themselves, in inference and training: our C++ and Inductor's code in turns."""
+    out = []
+    for rows, d, rank in GATES:
+        y, weights = torch.randn(rows, d), (torch.randn(rank, d) / d**0.5, torch.randn(d, rank) / 4)
+        for training in (False, True):
+            torch._dynamo.reset()
+            leaves = [t.clone().requires_grad_(training) for t in (y, *weights)]
+            steps = {}
+            for name, options in (("ours", {"policy": "always"}), ("inductor", {"kernels": False})):
+                compiled = torch.compile(
+                    _gate, backend="normfuse", dynamic=False, fullgraph=True, options=options
+                )
+                steps[name] = functools.partial(_one, compiled, leaves, torch.randn(rows, d))
+                steps[name]()
+            times = interleaved(steps, rounds)
+            ratio = paired_ratio(times["ours"], times["inductor"])
+            row = {f"{name}_ms": 1e3 * statistics.median(t) for name, t in times.items()}
+            row |= {"rows": rows, "width": d, "rank": rank, "training": training}
+            out.append(row | {"ratio": ratio.value, "interval": [ratio.low, ratio.high]})
+    return out
+
+
+def _gate(y: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return torch.ops.normfuse.self_gate(y, down, up)
+
+
+def _one(compiled: Any, leaves: list[torch.Tensor], gradient: torch.Tensor) -> None:
+    out = compiled(*leaves)
+    if out.requires_grad:
+        torch.autograd.grad(out, leaves, gradient)
 
 
 def main() -> None:
@@ -173,6 +231,15 @@ def main() -> None:
             )
         extra = rows["new_parameter_bytes"] / rows["parameter_bytes"]
         print(f"  gates add {rows['new_parameter_bytes']:,} bytes of parameters ({extra:.1%})")
+    gates = []
+    if options.device == "cpu" and not options.quick:
+        gates = gates_alone(rounds)
+        for g in gates:
+            print(
+                f"gate {g['rows']}×{g['width']}, rank {g['rank']}, "
+                f"{'training' if g['training'] else 'inference'}: ours {g['ours_ms']:.3f} ms, "
+                f"Inductor {g['inductor_ms']:.3f} ms, ratio {g['ratio']:.2f}"
+            )
     if options.out:
         data = {
             "kind": "gating",
@@ -181,6 +248,7 @@ def main() -> None:
             "depth": depth,
             "tokens": list(shape),
             "results": results,
+            "gates": gates,
         }
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(data, indent=1), encoding="utf-8")

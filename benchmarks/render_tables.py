@@ -232,7 +232,7 @@ def gating_section(result: dict[str, Any]) -> str:
         "kept for backward, MB |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    notes = []
+    notes, spent = [], []
     for name, rows in result["results"].items():
         for backend, r in rows.items():
             if not isinstance(r, dict):
@@ -249,13 +249,31 @@ def gating_section(result: dict[str, Any]) -> str:
                 f"| {name} | {backend} | {r['plain_ms']:.2f} | {r['gated_ms']:.2f} "
                 f"| {r['ratio']:.3f} [{low:.3f}, {high:.3f}] | {part} | {kept} |"
             )
+            if "gated_operator_ms" in r:
+                spent.append(
+                    f"of {backend}'s gated step {r['gated_operator_ms']:.1f} ms are the gates' operators"
+                )
         extra = rows["new_parameter_bytes"] / rows["parameter_bytes"]
         notes.append(f"{name}: {100 * extra:.1f} % more bytes of parameters")
     tokens = "×".join(map(str, result["tokens"]))
+    alone = [
+        "| gate alone | inference, C++ and Inductor ms | ratio | training, C++ and Inductor ms | ratio |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    pairs = iter(result["gates"])
+    for inference, training in zip(pairs, pairs, strict=True):
+        cells = [
+            f"{g['ours_ms']:.3f} and {g['inductor_ms']:.3f} | "
+            f"{g['ratio']:.2f} [{g['interval'][0]:.2f}, {g['interval'][1]:.2f}]"
+            for g in (inference, training)
+        ]
+        size = f"{training['rows']}×{training['width']}, rank {training['rank']}"
+        alone.append(f"| {size} | {' | '.join(cells)} |")
     return (
         f"One training step, width {result['width']}, {tokens} tokens.\n\n"
         + "\n".join(lines)
-        + f"\n\n{'; '.join(notes[1:])}."
+        + f"\n\n{'; '.join([*notes[1:], *spent])}."
+        + ("\n\n" + "\n".join(alone) if result["gates"] else "")
     )
 
 
