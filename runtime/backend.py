@@ -188,6 +188,9 @@ class Program:
         outline(self.gm, emit_dynamo)
         self.gm.recompile()
         trace_artifact("normfuse_after", lambda: self.gm.print_readable(print_output=False))
+        for node in self.gm.graph.find_nodes(op="placeholder"):
+            # Inductor's C++ wrapper would take these for the inputs; no gradient flows into them
+            node.meta.pop("val", None)
         inputs = list(inputs)
         cache = self.cache
         if cache is not None:
@@ -244,6 +247,10 @@ def _fake_mode() -> Any:
     return context.fake_mode
 
 
+def _itself(x: Any) -> Any:
+    return x
+
+
 def _fakes(inputs: Sequence[Any], mode: Any) -> list[Any]:
     """Fake inputs with the symbolic sizes Dynamo chose."""
     known = TracingContext.get().tensor_to_context
@@ -271,7 +278,12 @@ def rewrite_dynamo(
     mode = _fake_mode()
     env = mode.shape_env
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    with env.ignore_fresh_unbacked_symbols() if env is not None else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if env is not None:
+            stack.enter_context(env.ignore_fresh_unbacked_symbols())
+        if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+            # a checkpoint around the model counts what is saved: not what a trace saves
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_itself, _itself))
         traced = capture_fx(gm, _fakes(inputs, mode), fake_mode=mode)
         mark_dynamo_leaves(gm, traced)
         traced.meta.update({k: v for k, v in gm.meta.items() if k not in traced.meta})

@@ -43,7 +43,12 @@ def lower_to_cpp(gm: fx.GraphModule, *, policy: str = "pays") -> list[Lowering]:
             done.append(Lowering(key, name, "", refusal.reason))
             continue
         _replace(node)
-        done.append(Lowering(key, name, "self_gate in C++", "measured faster than Inductor's code"))
+        reason = (
+            "asked for"
+            if policy == "always"
+            else "of a size measured faster than in Inductor's code"
+        )
+        done.append(Lowering(key, name, "self_gate in C++", reason))
     if any(entry.kernel for entry in done):
         gm.recompile()
     return done
@@ -73,7 +78,7 @@ def _check(node: fx.Node, policy: str) -> None:
     same_layout(node)
     if policy != "always":
         if cost.hint(y.numel()) < max(SMALLEST, FEWEST_ROWS * d):
-            raise Refuse("too few rows: calling the op would cost more than it saves")
+            raise Refuse("few rows, as far as known: calling the op would cost more than it saves")
         if rank > LARGEST_RANK:
             raise Refuse(f"the gate's rank is over {LARGEST_RANK}")
     if reason := library.why_absent("gate"):

@@ -102,7 +102,10 @@ struct Scratch {
   std::unique_ptr<float[]> memory;
   int64_t size = 0;
   float* need(int64_t entries) {
-    if (entries > size) memory.reset(new float[size = entries]);
+    if (entries > size) {
+      memory.reset(new float[entries]);
+      size = entries;
+    }
     return memory.get();
   }
 };
@@ -337,14 +340,17 @@ extern "C" void normfuse_gate(const int64_t* sizes, const float* y, int64_t y_st
   });
 }
 
+// Entries of `sums` that the backward wants to work in.
+extern "C" int64_t normfuse_gate_sums(const int64_t* sizes) {
+  return 2 * chunks_of(sizes[0]) * sizes[1] * make(sizes, nullptr, nullptr, 0).padded;
+}
+
 extern "C" void normfuse_gate_backward(const int64_t* sizes, const float* y, int64_t y_stride, const float* dout,
                                        int64_t dout_stride, const float* down, const float* up, const float* t,
-                                       double scale, float* dy, float* ddown, float* dup, int threads) {
-  static thread_local Scratch partial;
+                                       double scale, float* dy, float* ddown, float* dup, float* sums, int threads) {
   const Gate g = make(sizes, down, up, scale);
   const Rows rows{y, y_stride}, gradients{dout, dout_stride};
   const int64_t chunks = chunks_of(sizes[0]), size = g.width * g.padded;
-  float* sums = partial.need(2 * chunks * size);
   in_chunks(sizes[0], chunks, threads, [&](int64_t chunk, int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
     float *memory = scratch.need(Block::size(g)), *sum = sums + 2 * chunk * size;

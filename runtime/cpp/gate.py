@@ -26,34 +26,45 @@ _Sizes = ctypes.c_int64 * 3
 
 
 @functools.cache
-def _functions() -> tuple[Any, Any] | None:
+def _functions() -> tuple[Any, Any, Any] | None:
     found = library.load("gate")
     if found is None:
         return None
     pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-    forward, backward = found.normfuse_gate, found.normfuse_gate_backward
-    forward.argtypes = [
-        pointer,
-        pointer,
-        integer,
-        pointer,
-        pointer,
-        real,
-        pointer,
-        pointer,
-        ctypes.c_int,
-    ]
-    backward.argtypes = [
-        pointer, pointer, integer, pointer, integer, *[pointer] * 3, real, *[pointer] * 3, ctypes.c_int
-    ]  # fmt: skip
+    forward, backward, sums = (
+        getattr(found, f"normfuse_gate{part}") for part in ("", "_backward", "_sums")
+    )
+    rows = [pointer, integer]
+    forward.argtypes = [pointer, *rows, *[pointer] * 2, real, *[pointer] * 2, ctypes.c_int]
+    backward.argtypes = [pointer, *rows, *rows, *[pointer] * 3, real, *[pointer] * 4, ctypes.c_int]
     forward.restype = backward.restype = None
-    return forward, backward
+    sums.argtypes, sums.restype = [pointer], integer
+    return forward, backward, sums
 
 
 def _rows(x: Tensor) -> Tensor:
     """``[rows, d]`` with numbers of a row next to each other."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _check(y: Tensor, down: Tensor, up: Tensor, *others: Tensor) -> tuple[int, int, int]:
+    """Rows, width and rank of what the C++ takes.
+
+    Raises:
+        TypeError: not all float32.
+        ValueError: shapes that do not fit.
+    """
+    for t in (y, down, up, *others):
+        if t.dtype != torch.float32:
+            raise TypeError(f"gates in C++ take float32, got {t.dtype}")
+    d, rank = y.shape[-1:].numel(), down.shape[:1].numel()
+    if not y.dim() or d % WIDTHS or not rank or down.shape != (rank, d) or up.shape != (d, rank):
+        raise ValueError(
+            f"gates in C++ take (..., d), (r, d) and (d, r) with d a multiple of {WIDTHS}, got "
+            f"{tuple(y.shape)}, {tuple(down.shape)} and {tuple(up.shape)}"
+        )
+    return math.prod(y.shape[:-1]), d, rank
 
 
 # not torch.library.custom_op: the checks around it cost as much as a small gate
@@ -76,8 +87,12 @@ def self_gate(y: Tensor, down: Tensor, up: Tensor, gate_scale: float) -> tuple[T
     Returns:
         The gated rows, ``(..., d)``, and ``(rows, r)``; both contiguous. Neither depends on the number of
         threads, nor a row on the others.
+
+    Raises:
+        TypeError: not all float32.
+        ValueError: shapes that do not fit.
     """
-    d, rank, rows = y.shape[-1], down.shape[0], math.prod(y.shape[:-1])
+    rows, d, rank = _check(y, down, up)
     functions = _functions()
     if functions is None:  # compiled where there was a library
         t = _rows(y) @ down.t()
@@ -106,7 +121,12 @@ def self_gate_backward(
     y: Tensor, dout: Tensor, down: Tensor, up: Tensor, t: Tensor, gate_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``y``, ``down`` and ``up``; ``t`` is the second result of the forward."""
-    d, rank, rows = y.shape[-1], down.shape[0], math.prod(y.shape[:-1])
+    rows, d, rank = _check(y, down, up, dout, t)
+    if dout.shape != y.shape or t.shape != (rows, rank):
+        raise ValueError(
+            f"dout must be {tuple(y.shape)} and t {(rows, rank)}, got {tuple(dout.shape)} and "
+            f"{tuple(t.shape)}"
+        )
     functions = _functions()
     if functions is None:
         return _formula_backward(y, dout, down, up, t, gate_scale)
@@ -114,9 +134,10 @@ def self_gate_backward(
     if dy.numel() == 0:
         return dy, ddown.zero_(), dup.zero_()
     y, dout, down, up = _rows(y), _rows(dout), down.contiguous(), up.contiguous()
-    t = t.contiguous()
+    t, sizes = t.contiguous(), _Sizes(rows, d, rank)
+    sums = y.new_empty(functions[2](sizes))
     functions[1](
-        _Sizes(rows, d, rank),
+        sizes,
         y.data_ptr(),
         y.stride(0),
         dout.data_ptr(),
@@ -128,6 +149,7 @@ def self_gate_backward(
         dy.data_ptr(),
         ddown.data_ptr(),
         dup.data_ptr(),
+        sums.data_ptr(),
         torch.get_num_threads(),
     )
     return dy, ddown, dup

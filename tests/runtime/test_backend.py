@@ -233,6 +233,16 @@ def test_low_precision(dtype):
     assert ours <= 1.5 * eager
 
 
+def test_first_call_inside_a_checkpoint():
+    block = nn.Sequential(nn.RMSNorm(32), nn.Linear(32, 32))
+    fast = torch.compile(block, backend="normfuse", options={"strict": True})
+    x = torch.randn(8, 32, requires_grad=True)
+    checkpoint(fast, x, use_reentrant=False).sum().backward()  # counts what is saved, both times
+    got, x.grad = x.grad, None
+    block(x).sum().backward()
+    torch.testing.assert_close(got, x.grad)
+
+
 def test_gradient_checkpointing():
     class Checkpointed(nn.Module):
         def __init__(self):
