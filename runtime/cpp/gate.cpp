@@ -19,6 +19,7 @@ namespace {
 constexpr int LANES = 8, VECTORS = 2, COLUMNS = LANES * VECTORS;
 // Rows of a tile: with twice as many accumulators, two vectors and one entry, sixteen registers.
 constexpr int ROWS = 6;
+// Rows that share a strip's weights, and columns of a strip; both as measured, and neither matters much.
 constexpr int64_t BLOCK = 11 * ROWS, STRIP = 16 * COLUMNS;
 // Rows of a chunk, of one of two, and how many chunks there are at most: each has sums of its own.
 constexpr int64_t CHUNK = 64, HALF = 24, MOST_CHUNKS = 64;
@@ -64,11 +65,6 @@ struct Tile {
 #pragma GCC unroll 6
     for (int i = 0; i < N; i++)
       for (int j = 0; j < VECTORS; j++) at[i][j] = Vector{};
-  }
-  ALWAYS_INLINE void read(const float* from, int64_t row) {
-#pragma GCC unroll 6
-    for (int i = 0; i < N; i++)
-      for (int j = 0; j < VECTORS; j++) at[i][j] = load(from + i * row + j * LANES);
   }
   ALWAYS_INLINE void plus(const float* addend, int64_t row) {
 #pragma GCC unroll 6
@@ -125,7 +121,8 @@ struct Rows {
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 
 // [lines][length] to [length][lines], rows `from_row` and `to_row` apart.
-__attribute__((noinline, noclone)) void transpose(const float* from, int64_t from_row, int64_t lines, int64_t length, float* to, int64_t to_row) {
+__attribute__((noinline, noclone)) void transpose(const float* from, int64_t from_row, int64_t lines, int64_t length,
+                                                  float* to, int64_t to_row) {
   typedef int32_t Order __attribute__((vector_size(16)));
   constexpr Order low{0, 4, 1, 5}, high{2, 6, 3, 7}, first{0, 1, 4, 5}, second{2, 3, 6, 7};
   int64_t i = 0;
