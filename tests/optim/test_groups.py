@@ -1,8 +1,9 @@
 """``param_groups``: roles by use and by type, splits, and groups that optimizers accept."""
 
+import normfuse
 import pytest
 import torch
-from normfuse import optim
+from normfuse import optim, passes
 from torch import nn
 from torch.nn import functional as F
 
@@ -316,3 +317,20 @@ def test_by_type_gains_stacked_biases_and_tables_as_wide_as_the_model():
     model["head"].weight = model["words"].weight  # tied: there is no other head
     got = roles(optim.param_groups(model, verbose=False))
     assert "head" not in got.values() and got["words.weight"] == "embedding"
+
+
+def test_what_extensions_insert_is_grouped_like_the_models_own():
+    model = nn.Sequential(
+        nn.Embedding(11, 32), nn.RMSNorm(32), nn.Linear(32, 48), nn.Linear(48, 32)
+    )
+    args = (torch.zeros(2, 5, dtype=torch.long),)
+    for inserted, kinds in (
+        ([passes.InsertGatedNorm(sites=["*"]), passes.InsertPreAffine(sites=["*"])],
+         {"gate_down": "hidden", "gate_up": "hidden", "pre_affine": "vector"}),
+        ([passes.SeeDNorm(sites=["*"])], {"seed_alpha": "vector", "seed_beta": "vector"}),
+    ):  # fmt: skip
+        extended, _ = normfuse.rewrite(model, args, passes=inserted)
+        got = roles(optim.param_groups(extended, args))
+        for kind, role in kinds.items():
+            assert [got[n] for n in got if n.endswith(kind)] == [role]
+        assert set(got) == {n for n, _ in extended.named_parameters()}
