@@ -318,19 +318,17 @@ def rewrite_dynamo(
         if settings.verify:
             _verified(traced, context, report, settings)
     applied = any(s.applied for s in report.sites)
-    spare = None
-    device, ours = _where(tensors), False
+    spare, lowered = None, []
+    device = _where(tensors)
     if settings.kernels and device.type == lower_checks.DEVICE:
         spare = _copy(traced)
         lowered = lower_to_kernels(traced, device, policy=settings.policy)
-        report.notes += summary(lowered)
-        ours = any(entry.kernel for entry in lowered)
-        if not ours:
-            spare = None
     elif settings.kernels is not False and device.type == "cpu":
         lowered = lower_to_cpp(traced, policy=settings.policy)
-        report.notes += summary(lowered)
-        ours = any(entry.kernel for entry in lowered)
+    report.notes += summary(lowered)
+    ours = any(entry.kernel for entry in lowered)
+    if not ours:
+        spare = None
     if training and not applied and not ours:
         report.notes.append(
             "gradients are enabled, so folded weights would be recomputed at every step; "

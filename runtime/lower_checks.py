@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +114,27 @@ def ask(policy: str, model: Any, decide: Callable[[Any], devices.Decision]) -> s
     if not decision.use:
         raise Refuse(decision.reason)
     return decision.reason
+
+
+def lower_each(
+    gm: fx.GraphModule, plans: Mapping[Any, Callable[[fx.Node], Plan]]
+) -> list[Lowering]:
+    """Carry out, or note the refusal of, the plan for every node whose target has one."""
+    out = []
+    for node in list(gm.graph.nodes):
+        plan = plans.get(node.target) if node.op == "call_function" else None
+        if plan is None or node._erased:
+            continue
+        key = node.meta.get("site", node.name)
+        name = node.target._schema.name.split("::")[1]
+        try:
+            kernel, reason, commit = plan(node)
+        except Refuse as refusal:
+            out.append(Lowering(key, name, "", refusal.reason))
+            continue
+        commit()
+        out.append(Lowering(key, name, kernel, reason))
+    return out
 
 
 def emit_before(node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:

@@ -6,13 +6,15 @@ written between them. Norms stay with Inductor, which fuses them into what surro
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import fx
 
 from ..passes import cost, ir
 from ..passes.errors import Refuse
 from .cpp import library
-from .lower_checks import Lowering, emit_before, same_layout, take
+from .lower_checks import Lowering, Plan, emit_before, lower_each, same_layout, take
 
 nf = torch.ops.normfuse
 
@@ -28,30 +30,18 @@ def lower_to_cpp(gm: fx.GraphModule, *, policy: str = "pays") -> list[Lowering]:
     Args:
         policy: ``"pays"`` asks for a size at which it was measured faster; ``"always"`` does not.
     """
-    gates = [
-        node
-        for target in (nf.self_gate.default, nf.gated_rms_norm.default)
-        for node in gm.graph.find_nodes(op="call_function", target=target)
-    ]
-    done = []
-    for node in gates:
-        key = node.meta.get("site", node.name)
-        name = node.target._schema.name.split("::")[1]
-        try:
-            _check(node, policy)
-        except Refuse as refusal:
-            done.append(Lowering(key, name, "", refusal.reason))
-            continue
-        _replace(node)
-        reason = (
-            "asked for"
-            if policy == "always"
-            else "of a size measured faster than in Inductor's code"
-        )
-        done.append(Lowering(key, name, "self_gate in C++", reason))
+    gate = functools.partial(_gate, policy=policy)
+    done = lower_each(gm, {nf.self_gate.default: gate, nf.gated_rms_norm.default: gate})
     if any(entry.kernel for entry in done):
         gm.recompile()
     return done
+
+
+def _gate(node: fx.Node, policy: str) -> Plan:
+    _check(node, policy)
+    reason = "of a size measured faster than in Inductor's code"
+    reason = "asked for" if policy == "always" else reason
+    return "self_gate in C++", reason, lambda: _replace(node)
 
 
 def _check(node: fx.Node, policy: str) -> None:

@@ -33,6 +33,7 @@ from .lower_checks import (
     emit_before,
     float32_statistic,
     last_dim,
+    lower_each,
     measured,
     replace_pair,
     replace_single,
@@ -109,19 +110,8 @@ def lower_to_kernels(
     # products first: a statistic that moves into a product needs no kernel of its own
     out = lower_products(gm, nk, model, policy)
     ir.erase_dead(gm)
-    for node in list(gm.graph.nodes):
-        plan = _PLANS.get(node.target) if node.op == "call_function" else None
-        if plan is None or node._erased:
-            continue
-        key = node.meta.get("site", node.name)
-        name = node.target._schema.name.split("::")[1]
-        try:
-            kernel, reason, commit = plan(node, nk, model, policy)
-        except Refuse as refusal:
-            out.append(Lowering(key, name, "", refusal.reason))
-            continue
-        commit()
-        out.append(Lowering(key, name, kernel, reason))
+    given = {"nk": nk, "model": model, "policy": policy}
+    out += lower_each(gm, {op: functools.partial(plan, **given) for op, plan in _PLANS.items()})
     if any(entry.kernel for entry in out):
         ir.erase_dead(gm)
         gm.recompile()

@@ -14,6 +14,8 @@
 #include <memory>
 #include <type_traits>
 
+#include "transpose.h"
+
 namespace {
 
 constexpr int LANES = 8, VECTORS = 2, COLUMNS = LANES * VECTORS;
@@ -118,30 +120,17 @@ struct Rows {
   Rows operator+(int64_t row) const { return {data + row * stride, stride}; }
 };
 
-typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
-
 // [lines][length] to [length][lines], rows `from_row` and `to_row` apart.
 __attribute__((noinline, noclone)) void transpose(const float* from, int64_t from_row, int64_t lines, int64_t length,
                                                   float* to, int64_t to_row) {
-  typedef int32_t Order __attribute__((vector_size(16)));
-  constexpr Order low{0, 4, 1, 5}, high{2, 6, 3, 7}, first{0, 1, 4, 5}, second{2, 3, 6, 7};
+  constexpr int STEP = Square<float>::STEP;
   int64_t i = 0;
-  for (; i + 4 <= lines; i += 4) {
+  for (; i + STEP <= lines; i += STEP) {
     int64_t k = 0;
-    for (; k + 4 <= length; k += 4) {
-      const float* a = from + i * from_row + k;
-      float* b = to + k * to_row + i;
-      Four x0 = *(const Four*)a, x1 = *(const Four*)(a + from_row);
-      Four x2 = *(const Four*)(a + 2 * from_row), x3 = *(const Four*)(a + 3 * from_row);
-      Four low01 = __builtin_shuffle(x0, x1, low), low23 = __builtin_shuffle(x2, x3, low);
-      Four high01 = __builtin_shuffle(x0, x1, high), high23 = __builtin_shuffle(x2, x3, high);
-      *(Four*)b = __builtin_shuffle(low01, low23, first);
-      *(Four*)(b + to_row) = __builtin_shuffle(low01, low23, second);
-      *(Four*)(b + 2 * to_row) = __builtin_shuffle(high01, high23, first);
-      *(Four*)(b + 3 * to_row) = __builtin_shuffle(high01, high23, second);
-    }
+    for (; k + STEP <= length; k += STEP)
+      Square<float>::transpose(from + i * from_row + k, from_row, to + k * to_row + i, to_row);
     for (; k < length; k++)
-      for (int64_t line = i; line < i + 4; line++) to[k * to_row + line] = from[line * from_row + k];
+      for (int64_t line = i; line < i + STEP; line++) to[k * to_row + line] = from[line * from_row + k];
   }
   for (; i < lines; i++)
     for (int64_t k = 0; k < length; k++) to[k * to_row + i] = from[i * from_row + k];
@@ -161,6 +150,21 @@ ALWAYS_INLINE void in_tiles(int64_t rows, const Step& step) {
   }
 }
 
+// Adds left * right, [lines][wide], to what is there, unless `fresh`; entry (i, k) of left is at
+// i * row + k * step.
+ALWAYS_INLINE void multiply(int64_t lines, int64_t wide, int64_t depth, const float* left, int64_t row, int64_t step,
+                            const float* right, int64_t right_row, bool fresh, float* to, int64_t to_row) {
+  in_tiles(lines, [&](auto count, int64_t line) {
+    for (int64_t c = 0; c < wide; c += COLUMNS) {
+      Tile<decltype(count)::value> sum;
+      sum.zero();
+      sum.add(depth, left + line * row, row, step, right + c, right_row);
+      if (!fresh) sum.plus(to + line * to_row + c, to_row);
+      sum.write(to + line * to_row + c, to_row);
+    }
+  });
+}
+
 // What a thread works on. A value, inlined: stores through vectors may alias whatever has an address.
 struct Block {
   Gate g;
@@ -178,17 +182,11 @@ struct Block {
     std::memset(inner, 0, 3 * BLOCK * g.padded * sizeof(float));
   }
 
-  // Adds lines * weights, both `wide`, to sums of [rows][padded]; weights [wide][padded].
-  ALWAYS_INLINE void narrow(const float* lines, int64_t stride, int64_t wide, const float* from, float* to) const {
-    in_tiles(rows, [&](auto count, int64_t row) {
-      for (int64_t c = 0; c < g.padded; c += COLUMNS) {
-        Tile<decltype(count)::value> sum;
-        sum.zero();
-        sum.add(wide, lines + row * stride, stride, 1, from + c, g.padded);
-        sum.plus(to + row * g.padded + c, g.padded);
-        sum.write(to + row * g.padded + c, g.padded);
-      }
-    });
+  ALWAYS_INLINE void silu(const float* from) const {
+    for (int64_t k = 0; k < rows * g.padded; k += LANES) {
+      Vector value = load(from + k);
+      store(inner + k, value * sigmoid(value));
+    }
   }
 
   // The up weights of columns from `left` on as [tile][rank][COLUMNS].
@@ -217,13 +215,10 @@ struct Block {
       const int64_t wide = std::min(STRIP, g.width - left);
       if (g.rank != g.padded) std::memset(weights, 0, STRIP * g.padded * sizeof(float));
       transpose(g.down + left, g.width, g.rank, wide, weights, g.padded);
-      narrow(y.data + left, y.stride, wide, weights, inner);
+      multiply(rows, g.padded, wide, y.data + left, y.stride, 1, weights, g.padded, false, inner, g.padded);
     }
     for (int64_t i = 0; i < rows; i++) std::memcpy(t + i * g.rank, inner + i * g.padded, g.rank * sizeof(float));
-    for (int64_t k = 0; k < rows * g.padded; k += LANES) {
-      Vector value = load(inner + k);
-      store(inner + k, value * sigmoid(value));
-    }
+    silu(inner);
     for (int64_t left = 0; left < g.width; left += STRIP) {
       const int64_t wide = std::min(STRIP, g.width - left);
       up_panels(left, wide);
@@ -237,10 +232,7 @@ struct Block {
   ALWAYS_INLINE void backward(Rows y, Rows dout, const float* t, float* dy, float* ddown, float* dup,
                               bool fresh) const {
     for (int64_t i = 0; i < rows; i++) std::memcpy(dt + i * g.padded, t + i * g.rank, g.rank * sizeof(float));
-    for (int64_t k = 0; k < rows * g.padded; k += LANES) {
-      Vector value = load(dt + k);
-      store(inner + k, value * sigmoid(value));
-    }
+    silu(dt);
     for (int64_t left = 0; left < g.width; left += STRIP) {
       const int64_t wide = std::min(STRIP, g.width - left);
       up_panels(left, wide);
@@ -250,7 +242,7 @@ struct Block {
         store(dy + row * g.width + left + c, around);
         store(dz + row * STRIP + c, around * load(y.data + row * y.stride + left + c) * (1.f - gate));
       });
-      outer(wide, dz, STRIP, g.padded, inner, g.padded, fresh, dup + left * g.padded, g.padded);
+      multiply(wide, g.padded, rows, dz, 1, STRIP, inner, g.padded, fresh, dup + left * g.padded, g.padded);
       const float* lines = g.up + left * g.rank;
       if (g.rank != g.padded) {
         std::memset(weights, 0, wide * g.padded * sizeof(float));
@@ -258,7 +250,7 @@ struct Block {
           std::memcpy(weights + c * g.padded, lines + c * g.rank, g.rank * sizeof(float));
         lines = weights;
       }
-      narrow(dz, STRIP, wide, lines, dinner);
+      multiply(rows, g.padded, wide, dz, STRIP, 1, lines, g.padded, false, dinner, g.padded);
     }
     for (int64_t k = 0; k < rows * g.padded; k += LANES) {
       Vector value = load(dt + k), gate = sigmoid(value);
@@ -268,31 +260,9 @@ struct Block {
       const int64_t wide = std::min(STRIP, g.width - left);
       for (int64_t k = 0; k < g.rank; k++)
         std::memcpy(weights + k * STRIP, g.down + k * g.width + left, wide * sizeof(float));
-      in_tiles(rows, [&](auto count, int64_t row) {
-        for (int64_t c = 0; c < wide; c += COLUMNS) {
-          Tile<decltype(count)::value> sum;
-          sum.zero();
-          sum.add(g.rank, dt + row * g.padded, g.padded, 1, weights + c, STRIP);
-          sum.plus(dy + row * g.width + left + c, g.width);
-          sum.write(dy + row * g.width + left + c, g.width);
-        }
-      });
-      outer(g.rank, dt, g.padded, wide, y.data + left, y.stride, fresh, ddown + left, g.width);
+      multiply(rows, wide, g.rank, dt, g.padded, 1, weights, STRIP, false, dy + left, g.width);
+      multiply(g.rank, wide, rows, dt, 1, g.padded, y.data + left, y.stride, fresh, ddown + left, g.width);
     }
-  }
-
-  // left' * right, [lines][wide], for `left` [rows][lines] and `right` [rows][wide]; added to what is there.
-  ALWAYS_INLINE void outer(int64_t lines, const float* left, int64_t left_row, int64_t wide, const float* right,
-                           int64_t right_row, bool fresh, float* to, int64_t to_row) const {
-    in_tiles(lines, [&](auto count, int64_t line) {
-      for (int64_t c = 0; c < wide; c += COLUMNS) {
-        Tile<decltype(count)::value> sum;
-        sum.zero();
-        sum.add(rows, left + line, 1, left_row, right + c, right_row);
-        if (!fresh) sum.plus(to + line * to_row + c, to_row);
-        sum.write(to + line * to_row + c, to_row);
-      }
-    });
   }
 };
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..derivatives import once
+from ..derivatives import once, self_gate_gradients
 from . import library
 
 NAMESPACE = "normfuse_cpp"
@@ -129,7 +129,8 @@ def self_gate_backward(
         )
     functions = _functions()
     if functions is None:
-        return _formula_backward(y, dout, down, up, t, gate_scale)
+        dy, ddown, dup = self_gate_gradients(_rows(y), _rows(dout), down, up, t, gate_scale)
+        return dy.view(y.shape), ddown, dup
     dy, ddown, dup = y.new_empty(y.shape), down.new_empty((rank, d)), up.new_empty((d, rank))
     if dy.numel() == 0:
         return dy, ddown.zero_(), dup.zero_()
@@ -153,20 +154,6 @@ def self_gate_backward(
         torch.get_num_threads(),
     )
     return dy, ddown, dup
-
-
-def _formula_backward(
-    y: Tensor, dout: Tensor, down: Tensor, up: Tensor, t: Tensor, gate_scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, do = _rows(y), _rows(dout)
-    opened = torch.sigmoid(t)
-    inner = t * opened
-    gate = torch.sigmoid(inner @ up.t())
-    around = do * (gate_scale * gate)
-    dz = around * rows * (1 - gate)
-    dt = (dz @ up) * (opened * (1 + t * (1 - opened)))
-    dy = torch.addmm(around, dt, down)
-    return dy.view(y.shape), dt.t() @ rows, dz.t() @ inner
 
 
 @torch.library.register_fake(f"{NAMESPACE}::self_gate", lib=_lib)

@@ -94,7 +94,8 @@ def _open(name: str, compiler: str, capability: str) -> ctypes.CDLL:
     program = tuple(shlex.split(compiler))
     command = (*program, *_FLAGS, *flags)
     source = _FOLDER / f"{name}.cpp"
-    key = hashlib.sha256(source.read_bytes() + "\0".join(command).encode()).hexdigest()[:16]
+    text = b"".join(file.read_bytes() for file in (source, *sorted(_FOLDER.glob("*.h"))))
+    key = hashlib.sha256(text + "\0".join(command).encode()).hexdigest()[:16]
     folder = directory().resolve()
     for file in folder.glob(f"{name}-{key}-*.so"):
         # a file cut short is mapped all the same, and kills the process when it is read

@@ -12,6 +12,8 @@
 #include <memory>
 #include <type_traits>
 
+#include "transpose.h"
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -40,7 +42,6 @@ struct Products {
   static constexpr int LANES = VECTOR_BYTES / sizeof(T), COLUMNS = LANES * VECTORS;
   typedef T Vector __attribute__((vector_size(VECTOR_BYTES)));
   typedef T Unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T)), may_alias));
-  typedef T Short __attribute__((vector_size(16), aligned(sizeof(T)), may_alias));
   typedef Vector Tile[ROWS][VECTORS];
 
   struct Operands {
@@ -65,27 +66,7 @@ struct Products {
     }
   };
 
-  // STEP lines of STEP entries, transposed.
-  static constexpr int STEP = 16 / sizeof(T);
-  static inline void transpose(const T* from, int64_t stride, T* to, int64_t to_stride) {
-    using Int = std::conditional_t<STEP == 4, int32_t, int64_t>;
-    typedef Int Order __attribute__((vector_size(16)));
-    Short x0 = *(const Short*)from, x1 = *(const Short*)(from + stride);
-    if constexpr (STEP == 4) {
-      constexpr Order low{0, 4, 1, 5}, high{2, 6, 3, 7}, first{0, 1, 4, 5}, second{2, 3, 6, 7};
-      Short x2 = *(const Short*)(from + 2 * stride), x3 = *(const Short*)(from + 3 * stride);
-      Short low01 = __builtin_shuffle(x0, x1, low), low23 = __builtin_shuffle(x2, x3, low);
-      Short high01 = __builtin_shuffle(x0, x1, high), high23 = __builtin_shuffle(x2, x3, high);
-      *(Short*)to = __builtin_shuffle(low01, low23, first);
-      *(Short*)(to + to_stride) = __builtin_shuffle(low01, low23, second);
-      *(Short*)(to + 2 * to_stride) = __builtin_shuffle(high01, high23, first);
-      *(Short*)(to + 3 * to_stride) = __builtin_shuffle(high01, high23, second);
-    } else {
-      constexpr Order first{0, 2}, second{1, 3};
-      *(Short*)to = __builtin_shuffle(x0, x1, first);
-      *(Short*)(to + to_stride) = __builtin_shuffle(x0, x1, second);
-    }
-  }
+  static constexpr int STEP = Square<T>::STEP;
 
   // Lines along k into [k][WIDTH].
   template <int WIDTH>
@@ -94,7 +75,7 @@ struct Products {
     if (lines == WIDTH && WIDTH % STEP == 0)
       for (; k + STEP <= depth; k += STEP)
         for (int line = 0; line < WIDTH; line += STEP)
-          transpose(from + line * stride + k, stride, to + k * WIDTH + line, WIDTH);
+          Square<T>::transpose(from + line * stride + k, stride, to + k * WIDTH + line, WIDTH);
     for (; k < depth; k++)
       for (int line = 0; line < WIDTH; line++)
         to[k * WIDTH + line] = line < lines ? from[line * stride + k] : T(0);
@@ -224,7 +205,8 @@ struct Products {
         int64_t right = std::min(left + BLOCK, columns.end), bottom = std::min(top + BLOCK, rows.end);
         if (top >= right && right == left + BLOCK && bottom == top + BLOCK) {
           for (int64_t i = top; i < bottom; i += STEP)
-            for (int64_t j = left; j < right; j += STEP) transpose(out.at(i, j), out.row, out.at(j, i), out.row);
+            for (int64_t j = left; j < right; j += STEP)
+              Square<T>::transpose(out.at(i, j), out.row, out.at(j, i), out.row);
           continue;
         }
         for (int64_t j = left; j < right; j++)

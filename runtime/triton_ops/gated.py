@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...passes import ops as vocabulary
 from .. import devices
-from ..derivatives import once
+from ..derivatives import once, self_gate_gradients
 from ..kernels import gated as kernels
 from ..kernels import plans
 from . import launch as run
@@ -55,21 +55,15 @@ def _plain_gated_norm_backward(
     low = normed if norm_dtype is None else normed.to(norm_dtype).float()
     y = low if gain is None else low * gain.float()
     y = y if bias is None else y + bias.float()
-    do = flat(dout).float()
-    sigma = torch.sigmoid(t)
-    s = t * sigma
-    gate = torch.sigmoid(s @ up.t())
-    dz = do * y * (gate_scale * gate * (1 - gate))
-    dt = (dz @ up) * (sigma * (1 + t * (1 - sigma)))
-    dy = do * (gate_scale * gate) + dt @ down
+    dy, ddown, dup = self_gate_gradients(y, flat(dout).float(), down, up, t, gate_scale)
     w = dy if gain is None else dy * gain.float()
     dx = (w - normed * (w * normed).mean(-1, keepdim=True)) * rstd
     return (
         dx.to(x.dtype).reshape(x.shape),
         none_like(stats) if gain is None else (dy * low).sum(0),
         none_like(stats) if bias is None else dy.sum(0),
-        dt.t() @ y,
-        dz.t() @ s,
+        ddown,
+        dup,
     )
 
 

@@ -265,10 +265,9 @@ def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path, as_before):
     blocked = tmp_path / "file"
     blocked.write_text("")
     fresh(monkeypatch, blocked)
-    assert library.load(SYMMETRIC) is None and autotune_cache.ENV in library.why_absent(SYMMETRIC)
-    assert "FileExistsError" in library.why_absent(
-        SYMMETRIC
-    ) or "NotADirectory" in library.why_absent(SYMMETRIC)
+    said = library.why_absent(SYMMETRIC)
+    assert library.load(SYMMETRIC) is None and autotune_cache.ENV in said
+    assert "FileExistsError" in said or "NotADirectory" in said
 
 
 @here
@@ -303,19 +302,8 @@ def test_compiles_for_every_target_without_spilling_the_tile(target, tmp_path):
     """The innermost loop multiplies from registers: no accumulator is stored within it."""
     file = tmp_path / "symmetric.s"
     flags = [f for f in (*library._FLAGS, *library._TARGETS[target]) if f != "-shared"]
-    subprocess.run(
-        [
-            "g++",
-            *flags,
-            "-Wall",
-            "-Werror",
-            "-S",
-            "-o",
-            str(file),
-            str(library._FOLDER / "symmetric.cpp"),
-        ],
-        check=True,
-    )
+    command = ["g++", *flags, "-Wall", "-Werror", "-S", "-o", str(file)]
+    subprocess.run([*command, str(library._FOLDER / "symmetric.cpp")], check=True)
     rows = {"AVX2": 6, "AVX512": 12}[target]
     loops = blocks(file.read_text())
     inner = [b for b in loops if sum("vfmadd" in line for line in b) == 2 * rows]
